@@ -1,0 +1,96 @@
+"""How good are the targets? CSO-mAP, and matching at a gate for tracking-style figures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+Rows = NDArray[np.floating]
+THRESHOLDS_PX = (0.05, 0.10, 0.15, 0.20, 0.25)
+
+
+@dataclass(frozen=True)
+class CsoMap:
+    """Average precision at each distance threshold (px), 0–1, and their mean, the CSO-mAP."""
+
+    ap: dict[float, float]
+
+    @property
+    def mean(self) -> float:
+        """CSO-mAP, 0–1."""
+        return float(np.mean(list(self.ap.values())))
+
+
+def cso_map(
+    detections: Sequence[Rows],
+    truths: Sequence[Rows],
+    thresholds_px: Sequence[float] = THRESHOLDS_PX,
+) -> CsoMap:
+    """CSO-mAP of the CSIST benchmark (arXiv:2505.19148).
+
+    detections: for each image (n, 3) x, y, score. truths: for each image (m, ≥2) x, y, … px.
+    Detections are pooled over images, best score first; one may match only the truth nearest to
+    it, at a distance ≤ threshold, if no better one took that truth. AP is the area under the
+    precision-recall curve with precision made monotone. Equal scores enter the curve together, so
+    the order of images does not matter. Without any truth AP is 1 if nothing was detected, else 0.
+    """
+    if len(detections) != len(truths):
+        raise ValueError(f"{len(detections)} images of detections but {len(truths)} of truths")
+    nearest, distance, score = _nearest_truth(detections, truths)
+    total = sum(len(truth) for truth in truths)
+    order = np.argsort(-score, kind="stable")
+    nearest, distance, score = nearest[order], distance[order], score[order]
+    return CsoMap({t: _average_precision(nearest, distance <= t, score, total) for t in thresholds_px})
+
+
+def _nearest_truth(
+    detections: Sequence[Rows], truths: Sequence[Rows]
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """For each pooled detection: number of its nearest truth (−1: none), distance px, score."""
+    width = max((len(truth) for truth in truths), default=0)
+    padded = np.full((len(truths), max(width, 1), 2), np.inf)
+    for row, truth in zip(padded, truths, strict=True):
+        if len(truth):
+            row[: len(truth)] = np.asarray(truth, dtype=np.float64)[:, :2]
+    image = np.repeat(np.arange(len(detections)), [len(d) for d in detections])
+    rows = [np.asarray(d, dtype=np.float64).reshape(-1, 3) for d in detections]
+    pooled = np.concatenate(rows) if rows else np.empty((0, 3))
+    if not np.isfinite(pooled).all():
+        raise ValueError("detections hold values that are not finite")
+    distances = np.hypot(*np.moveaxis(padded[image] - pooled[:, None, :2], -1, 0))  # (D, K)
+    column = distances.argmin(axis=1)
+    distance = np.take_along_axis(distances, column[:, None], axis=1)[:, 0]
+    nearest = np.where(np.isfinite(distance), image * padded.shape[1] + column, -1)
+    return nearest, distance, pooled[:, 2]
+
+
+def _average_precision(
+    nearest: NDArray[np.int64], close: NDArray[np.bool_], score: NDArray[np.float64], total: int
+) -> float:
+    if total == 0:
+        return 0.0 if len(score) else 1.0
+    if len(score) == 0:
+        return 0.0
+    candidates = np.flatnonzero(close)
+    hit = np.zeros(len(score))
+    hit[candidates[np.unique(nearest[candidates], return_index=True)[1]]] = 1.0
+    ends = np.append(np.flatnonzero(np.diff(score)), len(score) - 1)  # last of each tied block
+    true_positives = np.cumsum(hit)[ends]
+    precision = np.maximum.accumulate((true_positives / (ends + 1))[::-1])[::-1]
+    return float(np.sum(np.diff(true_positives, prepend=0.0) / total * precision))
+
+
+def match_at_gate(found_xy: Rows, true_xy: Rows, gate_px: float) -> NDArray[np.int64]:
+    """One-to-one assignment of least total distance, pairs farther apart than the gate left out.
+
+    found_xy (n, 2), true_xy (m, 2) px → pairs (p, 2): row of found, row of true.
+    """
+    if len(found_xy) == 0 or len(true_xy) == 0:
+        return np.empty((0, 2), dtype=np.int64)
+    distance = np.hypot(*np.moveaxis(found_xy[:, None, :2] - true_xy[None, :, :2], -1, 0))
+    # Distances beyond the gate cost the same, so a far pair never displaces a near one.
+    rows, columns = linear_sum_assignment(np.minimum(distance, 2.0 * gate_px))
+    keep = distance[rows, columns] <= gate_px
+    return np.stack([rows[keep], columns[keep]], axis=1)

@@ -1,0 +1,1 @@
+"""Makes and compiles the engines the pipeline runs."""

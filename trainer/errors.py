@@ -1,0 +1,5 @@
+"""Errors a user of the trainer can mend; the command line prints them as one line."""
+
+
+class TrainerError(Exception):
+    """Bad input: what, where, and how to mend it. Exit code 2."""
