@@ -1,0 +1,111 @@
+"""Sources and stages as plug-ins: one file each, loaded when its name is named.
+
+The file `pipeline/stages/detect.py` holds the class `Detect` with a nested `Config`; in a
+configuration it is called `detect`. To add one, add a file.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.errors import PipelineError
+from pipeline.messages import Frame
+from pipeline.physics.sensor import Sensor
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+class Settings(BaseModel):
+    """A section of the configuration: typed, frozen, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage may be built with, beside its own settings."""
+
+    sensor: Sensor
+    bad_pixels_HW: NDArray[np.bool_] | None = None
+    engine: str = "default"
+
+
+class Stage(ABC, Generic[In, Out]):
+    """Turns one message into the next; knows no sockets, clocks or files."""
+
+    Config: ClassVar[type[Settings]]
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: Any, context: Context) -> Self:
+        """Make the stage from its settings and what it needs of the context."""
+
+    @abstractmethod
+    def process(self, message: In) -> Out:
+        """The next message; raises on what cannot be processed, and the frame is then dropped."""
+
+    def close(self) -> None:
+        """Release what the stage holds."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Where the targets of a recording truly are, for scoring."""
+
+    frame_index: NDArray[np.int32]  # (M,) which frame, counted from 0
+    target_id: NDArray[np.int32]  # (M,)
+    xy_px: NDArray[np.float64]  # (M, 2)
+    intensity: NDArray[np.float32]  # (M,) counts
+
+    def of_frame(self, index: int) -> NDArray[np.float64]:
+        """Positions (m, 2) px in frame `index`."""
+        return self.xy_px[self.frame_index == index]
+
+
+class Source(ABC):
+    """Yields frames; made in the process that reads them."""
+
+    Config: ClassVar[type[Settings]]
+    sensor: Sensor
+    shape: tuple[int, int]
+    length: int | None = None  # number of frames, None if endless or unknown
+    truth: Truth | None = None
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: Any, sensor: dict[str, Any]) -> Self:
+        """Open the source; `sensor` holds the configured fields, which override its own."""
+
+    @abstractmethod
+    def frames(self) -> Iterator[Frame]:
+        """The frames in order, seq counting from 0."""
+
+    def close(self) -> None:
+        """Release what the source holds; `frames` ends soon after."""
+
+
+Kind = Literal["source", "stage"]
+
+
+def available(kind: Kind) -> list[str]:
+    """Names of all components of a kind."""
+    folder = Path(__file__).parent / f"{kind}s"
+    return sorted(module.name for module in iter_modules([str(folder)]))
+
+
+def component(kind: Kind, name: str) -> type[Any]:
+    """The class of a component, e.g. ("stage", "detect") → pipeline.stages.detect.Detect."""
+    if name not in available(kind):
+        raise PipelineError(f"unknown {kind} `{name}`; use one of {', '.join(available(kind))}")
+    module = import_module(f"pipeline.{kind}s.{name}")
+    found: type[Any] = getattr(module, "".join(part.title() for part in name.split("_")))
+    return found

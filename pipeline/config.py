@@ -1,0 +1,214 @@
+"""The configuration: one YAML file, read once, every key checked, errors named by their path.
+
+    source:   {kind: synthetic, rate_hz: 100}
+    sensor:   {sigma_px: 0.5}              # overrides what the source says of itself
+    engine:   default
+    detect:   {false_alarms_per_frame: 0.1} # a section for each stage of the flow
+    topology: {unmix: {replicas: 2}}
+    publish:  {endpoint: tcp://127.0.0.1:5556}
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field, ValidationError
+
+from pipeline.component import Settings, component
+from pipeline.errors import PipelineError
+from pipeline.physics.sensor import Sensor
+from pipeline.runtime.topology import TOPOLOGY, Node
+
+
+class SensorSettings(Settings):
+    """Fields of the sensor that the source does not know, or has wrong."""
+
+    id: str | None = Field(None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")
+    sigma_px: float | None = Field(None, ge=0.1, le=5.0)
+    full_scale: int | None = Field(None, ge=1, le=65535)
+    read_noise: float | None = Field(None, ge=0.0)
+    gain: float | None = Field(None, gt=0.0)
+    ifov_rad: float | None = Field(None, gt=0.0)
+    bad_pixels: Path | None = Field(None, description="PNG of the frame's size, not 0 = bad")
+
+    def overrides(self) -> dict[str, Any]:
+        """The fields of `Sensor` that were given."""
+        given = self.model_dump(exclude_none=True)
+        given.pop("bad_pixels", None)
+        return given
+
+
+class NodeSettings(Settings):
+    """Changes to one row of the topology."""
+
+    stages: tuple[str, ...] | None = None
+    replicas: int | None = Field(None, ge=1, le=64)
+    queue: int | None = Field(None, ge=1, le=1024)
+
+
+class PublishSettings(Settings):
+    """Where target messages go out."""
+
+    endpoint: str = Field("tcp://127.0.0.1:5556", pattern=r"^(tcp|ipc)://.+")
+    queue: int = Field(1000, ge=1, description="messages a slow subscriber may fall behind")
+    heartbeat_s: float = Field(1.0, gt=0.0)
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """A checked configuration: every stage of the topology has its settings."""
+
+    source_kind: str
+    source: Settings
+    sensor: SensorSettings
+    engine: str
+    topology: tuple[Node, ...]
+    stages: dict[str, Settings]
+    publish: PublishSettings
+
+    @property
+    def stage_names(self) -> list[str]:
+        """All stages in the order of the flow."""
+        return [stage for node in self.topology for stage in node.stages]
+
+    @property
+    def digest(self) -> str:
+        """Hash of all that decides the targets, for the messages: first 12 hexadecimal digits."""
+        plain = {
+            "sensor": self.sensor.model_dump(mode="json"),
+            "engine": self.engine,
+            "stages": {name: settings.model_dump(mode="json") for name, settings in self.stages.items()},
+        }
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def load_config(
+    path: Path | None, *, source: dict[str, Any] | None = None, engine: str | None = None
+) -> PipelineConfig:
+    """Read and check a configuration file; `source` and `engine` override what it says.
+
+    Without a file every setting has its default. Raises PipelineError naming file, path of the
+    field and the fields that exist there.
+    """
+    where = str(path) if path else "configuration"
+    data = _read_yaml(path) if path else {}
+    topology = _topology(data.pop("topology", None), where)
+    stage_names = [stage for node in topology for stage in node.stages]
+    chosen = source if source is not None else data.get("source", {"kind": "synthetic"})
+    data.pop("source", None)
+    if not isinstance(chosen, dict) or "kind" not in chosen:
+        raise PipelineError(f"{where}: source must be a map with a `kind`, e.g. {{kind: synthetic}}")
+    kind = str(chosen["kind"])
+    chosen = {key: value for key, value in chosen.items() if key != "kind"}
+    known = ["source", "sensor", "engine", "topology", "publish", *stage_names]
+    for key in data:
+        if key not in known:
+            raise PipelineError(f"{where}: unknown field `{key}`; known here: {', '.join(known)}")
+    engine = engine if engine is not None else data.get("engine", "default")
+    if not isinstance(engine, str):
+        raise PipelineError(f"{where}: engine must be a name or a path, got {engine!r}")
+    return PipelineConfig(
+        source_kind=kind,
+        source=_section(component("source", kind).Config, chosen, "source", where),
+        sensor=_section(SensorSettings, data.get("sensor"), "sensor", where),
+        engine=engine,
+        topology=topology,
+        stages={
+            name: _section(component("stage", name).Config, data.get(name), name, where)
+            for name in stage_names
+        },
+        publish=_section(PublishSettings, data.get("publish"), "publish", where),
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PipelineError(f"{path}: cannot read the configuration ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        first = " ".join(str(error).split())
+        raise PipelineError(f"{path}: not valid YAML: {first}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise PipelineError(f"{path}: the configuration must be a map of named sections")
+    return data
+
+
+def _section[S: BaseModel](model: type[S], data: Any, name: str, where: str) -> S:
+    try:
+        return model.model_validate({} if data is None else data)
+    except ValidationError as error:
+        raise PipelineError(f"{where}: {_explain(error, model, name)}") from error
+
+
+def _explain(error: ValidationError, model: type[BaseModel], name: str) -> str:
+    """The first fault of a section as one line."""
+    fault = error.errors()[0]
+    *parents, field = [str(part) for part in fault["loc"]] or [""]
+    path = ".".join([name, *parents])
+    if fault["type"] == "extra_forbidden":
+        known = ", ".join(model.model_fields) or "none"
+        return f"unknown field `{field}` at {path}; known there: {known}"
+    if fault["type"] == "missing":
+        return f"field `{field}` is missing at {path}"
+    place = f"{path}.{field}" if field else path
+    message = fault["msg"][0].lower() + fault["msg"][1:]
+    return f"{place}: {message}, got {fault['input']!r}"
+
+
+def _topology(data: Any, where: str) -> tuple[Node, ...]:
+    """The table with the configured changes applied."""
+    if data is None:
+        return TOPOLOGY
+    names = [node.name for node in TOPOLOGY]
+    if not isinstance(data, dict):
+        raise PipelineError(f"{where}: topology must be a map of nodes ({', '.join(names)})")
+    for name in data:
+        if name not in names:
+            raise PipelineError(
+                f"{where}: unknown field `{name}` at topology; known there: {', '.join(names)}"
+            )
+    rows = []
+    for node in TOPOLOGY:
+        changes = _section(NodeSettings, data.get(node.name), f"topology.{node.name}", where)
+        rows.append(replace(node, **changes.model_dump(exclude_none=True)))
+    for name in ("front", "back"):
+        row = rows[names.index(name)]
+        if row.replicas != 1:
+            raise PipelineError(
+                f"{where}: topology.{name}.replicas must be 1, got {row.replicas}; "
+                "only nodes in between can have more"
+            )
+    return tuple(rows)
+
+
+def load_bad_pixels(path: Path | None, shape: tuple[int, int]) -> NDArray[np.bool_] | None:
+    """Read a bad-pixel map (H, W), True = bad; raises PipelineError if it is not of that shape."""
+    if path is None:
+        return None
+    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) if path.exists() else None
+    if image is None or image.ndim != 2:
+        raise PipelineError(f"{path}: sensor.bad_pixels must be a readable grey PNG")
+    if image.shape != shape:
+        raise PipelineError(
+            f"{path}: bad-pixel map is {image.shape[1]}×{image.shape[0]}, "
+            f"frames are {shape[1]}×{shape[0]}"
+        )
+    result: NDArray[np.bool_] = image != 0
+    return result
+
+
+def configured_sensor(own: Sensor, overrides: dict[str, Any], where: str) -> Sensor:
+    """The source's own sensor with the configured fields over it."""
+    try:
+        return replace(own, **overrides)
+    except ValueError as error:
+        raise PipelineError(f"{where}: {error}") from error

@@ -1,0 +1,1 @@
+"""The zarr layouts: CSIST datasets and recordings, written in chunks and read strictly."""

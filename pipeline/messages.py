@@ -1,0 +1,322 @@
+"""What flows: Frame → Blobs → Patches → Unmixed → TargetReport, and the maps sent to subscribers.
+
+The first five are frozen dataclasses of numpy arrays, passed from stage to stage; the last are
+plain types any language reads from MessagePack, described by the pydantic models at the end.
+Axes: H, W pixels; N groups (one a blob); B patches; M targets. x is the column, y the row.
+"""
+
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_COUNT = 5
+"""Count posteriors run over 0, 1, …, 4 and "5 or more"."""
+
+
+class Flag(IntFlag):
+    """What a user of a target or group should know about it."""
+
+    EDGE = 1  # its window is cut by the edge of the frame or tile
+    SATURATED = 2  # its window holds a pixel at full scale
+    BAD_PIXEL = 4  # its window holds a pixel marked bad
+    EXTENDED = 8  # wider than any group of point sources: never unmixed
+    MERGED = 16  # several blobs, one window
+    OVERFLOW = 32  # left out: more blobs in the frame than detect.max_blobs
+
+    @property
+    def names(self) -> list[str]:
+        """Lower-case names of the flags that are set."""
+        return [str(flag.name).lower() for flag in self]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A frame that is a mosaic of independent square tiles; no window may straddle two."""
+
+    size_px: int
+    pitch_px: int
+
+
+@dataclass(frozen=True)
+class FrameInfo:
+    """What every message keeps of the frame it came from.
+
+    t_exposure_ns: middle of the exposure, on the clock named `clock`. flags: remarks of the
+    source, such as "compressed".
+    """
+
+    seq: int
+    sensor_id: str
+    t_exposure_ns: int
+    clock: str
+    shape: tuple[int, int]
+    flags: tuple[str, ...] = ()
+    tiling: Tiling | None = None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One exposure in counts."""
+
+    info: FrameInfo
+    pixels_HW: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Blobs:
+    """Connected bright regions of a frame, one a group of targets."""
+
+    info: FrameInfo
+    pixels_HW: NDArray[Any]
+    usable_HW: NDArray[np.bool_]  # False: bad pixel
+    xy_px: NDArray[np.float64]  # (N, 2) where the window is to be centred
+    bbox_px: NDArray[np.int32]  # (N, 4) x0, y0, x1, y1, the last two one past the end
+    snr: NDArray[np.float32]  # (N,) of the matched filter's peak
+    flags: NDArray[np.uint16]  # (N,)
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Windows round the groups that can be unmixed; extended groups have none."""
+
+    info: FrameInfo
+    counts_BHW: NDArray[np.float32]
+    background_BHW: NDArray[np.float32]  # local plane, counts
+    usable_BHW: NDArray[np.bool_]
+    origin_px: NDArray[np.int32]  # (B, 2) x, y of the window's first pixel
+    group: NDArray[np.int32]  # (B,) row among the groups below
+    bbox_px: NDArray[np.int32]  # (N, 4)
+    snr: NDArray[np.float32]  # (N,)
+    flags: NDArray[np.uint16]  # (N,)
+
+
+@dataclass(frozen=True)
+class Unmixed:
+    """Targets found in the patches, in frame coordinates; a refining stage gives them anew."""
+
+    patches: Patches
+    patch: NDArray[np.int32]  # (M,) row among the patches
+    xy_px: NDArray[np.float64]  # (M, 2)
+    intensity: NDArray[np.float64]  # (M,) counts
+    engine: str  # hash of the engine that found them
+    source: str  # name of the method the positions come from
+
+    @property
+    def info(self) -> FrameInfo:
+        """Of the frame."""
+        return self.patches.info
+
+
+@dataclass(frozen=True)
+class TargetReport:
+    """The targets of a frame as published, without what only the running system knows."""
+
+    info: FrameInfo
+    engine: str
+    source: str
+    group: NDArray[np.int32]  # (M,) row among the groups
+    xy_px: NDArray[np.float64]  # (M, 2)
+    cov_px2: NDArray[np.float64]  # (M, 3) xx, xy, yy
+    intensity: NDArray[np.float64]  # (M,) counts
+    intensity_sigma: NDArray[np.float64]  # (M,) counts
+    p_exist: NDArray[np.float64]  # (M,)
+    snr: NDArray[np.float64]  # (M,)
+    flags: NDArray[np.uint16]  # (M,)
+    bbox_px: NDArray[np.int32]  # (N, 4)
+    count_posterior: NDArray[np.float64]  # (N, 6) over 0, 1, …, 4, 5 or more
+    group_flags: NDArray[np.uint16]  # (N,)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A frame that will not be published, where it was lost and why."""
+
+    seq: int
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Trace:
+    """When a frame entered, on the monotonic clock, and what each stage and hop took since."""
+
+    t_ingest_ns: int
+    stage_ns: dict[str, int]
+
+
+# --- on the wire ---------------------------------------------------------------------------
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Wire(BaseModel):
+    """A map of plain types; unknown keys and values of another type are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class _Columns(Wire):
+    @model_validator(mode="after")
+    def _equally_long(self) -> Self:
+        lengths = {name: len(getattr(self, name)) for name in type(self).model_fields}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"columns differ in length: {lengths}")
+        return self
+
+
+class TargetColumns(_Columns):
+    """One entry a target in every column."""
+
+    id: list[int]
+    group: list[int]
+    x_px: list[Finite]
+    y_px: list[Finite]
+    cov_px2: list[Annotated[list[Finite], Field(min_length=3, max_length=3)]]
+    intensity: list[Finite]
+    intensity_sigma: list[NonNegative]
+    p_exist: list[Probability]
+    snr: list[Finite]
+    source: list[str]
+    label: list[str]
+    flags: list[list[str]]
+
+
+class GroupColumns(_Columns):
+    """One entry a group in every column; a group without targets is an extended object."""
+
+    id: list[int]
+    bbox: list[Annotated[list[int], Field(min_length=4, max_length=4)]]
+    count_posterior: list[
+        Annotated[list[Probability], Field(min_length=MAX_COUNT + 1, max_length=MAX_COUNT + 1)]
+    ]
+    flags: list[list[str]]
+
+
+class TargetsMessage(Wire):
+    """`irst.targets/1`: the targets of one frame."""
+
+    schema_: Literal["irst.targets/1"] = Field(alias="schema")
+    sensor_id: str
+    frame_seq: int
+    t_exposure_ns: int
+    clock: str
+    frame_shape: Annotated[list[int], Field(min_length=2, max_length=2)]
+    frame_flags: list[str]
+    targets: TargetColumns
+    groups: GroupColumns
+    stage_ns: dict[str, int]
+    age_ns: int
+    gap: list[int]
+    engine: str
+    config: str
+
+
+class StartMessage(Wire):
+    """`irst.start/1`: a run begins."""
+
+    schema_: Literal["irst.start/1"] = Field(alias="schema")
+    sensor_id: str
+    engine: str
+    config: str
+
+
+class GapMessage(Wire):
+    """`irst.gap/1`: a frame that will not come."""
+
+    schema_: Literal["irst.gap/1"] = Field(alias="schema")
+    sensor_id: str
+    frame_seq: int
+    stage: str
+    reason: str
+
+
+class HeartbeatMessage(Wire):
+    """`irst.heartbeat/1`: alive, though there may be no frames."""
+
+    schema_: Literal["irst.heartbeat/1"] = Field(alias="schema")
+    sensor_id: str
+    published: int
+    t_monotonic_ns: int
+
+
+class DropCount(Wire):
+    """Frames lost at one stage for one reason."""
+
+    stage: str
+    reason: str
+    frames: int
+
+
+class EndMessage(Wire):
+    """`irst.eos/1`: the stream is over; frames in = published + Σ dropped."""
+
+    schema_: Literal["irst.eos/1"] = Field(alias="schema")
+    sensor_id: str
+    frames_in: int
+    published: int
+    dropped: list[DropCount]
+
+
+WIRE_MODELS: dict[str, type[Wire]] = {
+    "irst.targets/1": TargetsMessage,
+    "irst.start/1": StartMessage,
+    "irst.gap/1": GapMessage,
+    "irst.heartbeat/1": HeartbeatMessage,
+    "irst.eos/1": EndMessage,
+}
+
+
+def check_wire(message: Any) -> Wire:
+    """The model of a decoded message; raises ValueError naming what does not fit."""
+    schema = message.get("schema") if isinstance(message, dict) else None
+    if not isinstance(schema, str) or schema not in WIRE_MODELS:
+        raise ValueError(f"unknown schema {schema!r}; known: {', '.join(WIRE_MODELS)}")
+    return WIRE_MODELS[schema].model_validate(message)
+
+
+def targets_message(
+    report: TargetReport, *, stage_ns: dict[str, int], age_ns: int, gap: list[int], config: str
+) -> dict[str, Any]:
+    """A report as the plain map of `irst.targets/1`."""
+    info = report.info
+    number = len(report.group)
+    return {
+        "schema": "irst.targets/1",
+        "sensor_id": info.sensor_id,
+        "frame_seq": info.seq,
+        "t_exposure_ns": info.t_exposure_ns,
+        "clock": info.clock,
+        "frame_shape": list(info.shape),
+        "frame_flags": list(info.flags),
+        "targets": {
+            "id": list(range(number)),
+            "group": report.group.tolist(),
+            "x_px": report.xy_px[:, 0].tolist(),
+            "y_px": report.xy_px[:, 1].tolist(),
+            "cov_px2": report.cov_px2.tolist(),
+            "intensity": report.intensity.tolist(),
+            "intensity_sigma": report.intensity_sigma.tolist(),
+            "p_exist": report.p_exist.tolist(),
+            "snr": report.snr.tolist(),
+            "source": [report.source] * number,
+            "label": [""] * number,
+            "flags": [Flag(flags).names for flags in report.flags.tolist()],
+        },
+        "groups": {
+            "id": list(range(len(report.bbox_px))),
+            "bbox": report.bbox_px.tolist(),
+            "count_posterior": report.count_posterior.tolist(),
+            "flags": [Flag(flags).names for flags in report.group_flags.tolist()],
+        },
+        "stage_ns": stage_ns,
+        "age_ns": age_ns,
+        "gap": gap,
+        "engine": report.engine,
+        "config": config,
+    }

@@ -1,0 +1,1 @@
+"""Runs the flow: which stages sit in which process, and what becomes of every frame."""

@@ -1,0 +1,1 @@
+"""Where frames come from, one file each; a file's name is its name in the configuration."""

@@ -1,0 +1,1 @@
+"""ZeroMQ and MessagePack: the only package that imports zmq."""
