@@ -68,7 +68,8 @@ class Truth:
 
     def of_frame(self, index: int) -> NDArray[np.float64]:
         """Positions (m, 2) px in frame `index`."""
-        return self.xy_px[self.frame_index == index]
+        found: NDArray[np.float64] = self.xy_px[self.frame_index == index]
+        return found
 
 
 class Source(ABC):
@@ -89,7 +90,7 @@ class Source(ABC):
     def frames(self) -> Iterator[Frame]:
         """The frames in order, seq counting from 0."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027, most sources hold nothing
         """Release what the source holds; `frames` ends soon after."""
 
 

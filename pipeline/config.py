@@ -1,18 +1,18 @@
 """The configuration: one YAML file, read once, every key checked, errors named by their path.
 
-    source:   {kind: synthetic, rate_hz: 100}
-    sensor:   {sigma_px: 0.5}              # overrides what the source says of itself
-    engine:   default
-    detect:   {false_alarms_per_frame: 0.1} # a section for each stage of the flow
-    topology: {unmix: {replicas: 2}}
-    publish:  {endpoint: tcp://127.0.0.1:5556}
+source:   {kind: synthetic, rate_hz: 100}
+sensor:   {sigma_px: 0.5}              # overrides what the source says of itself
+engine:   default
+detect:   {false_alarms_per_frame: 0.1} # a section for each stage of the flow
+topology: {unmix: {replicas: 2}}
+publish:  {endpoint: tcp://127.0.0.1:5556}
 """
 
 import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -24,6 +24,8 @@ from pipeline.component import Settings, component
 from pipeline.errors import PipelineError
 from pipeline.physics.sensor import Sensor
 from pipeline.runtime.topology import TOPOLOGY, Node
+
+S = TypeVar("S", bound=BaseModel)
 
 
 class SensorSettings(Settings):
@@ -83,7 +85,9 @@ class PipelineConfig:
         plain = {
             "sensor": self.sensor.model_dump(mode="json"),
             "engine": self.engine,
-            "stages": {name: settings.model_dump(mode="json") for name, settings in self.stages.items()},
+            "stages": {
+                name: settings.model_dump(mode="json") for name, settings in self.stages.items()
+            },
         }
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -103,7 +107,9 @@ def load_config(
     chosen = source if source is not None else data.get("source", {"kind": "synthetic"})
     data.pop("source", None)
     if not isinstance(chosen, dict) or "kind" not in chosen:
-        raise PipelineError(f"{where}: source must be a map with a `kind`, e.g. {{kind: synthetic}}")
+        raise PipelineError(
+            f"{where}: source must be a map with a `kind`, e.g. {{kind: synthetic}}"
+        )
     kind = str(chosen["kind"])
     chosen = {key: value for key, value in chosen.items() if key != "kind"}
     known = ["source", "sensor", "engine", "topology", "publish", *stage_names]
@@ -142,7 +148,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def _section[S: BaseModel](model: type[S], data: Any, name: str, where: str) -> S:
+def _section(model: type[S], data: Any, name: str, where: str) -> S:
     try:
         return model.model_validate({} if data is None else data)
     except ValidationError as error:

@@ -29,7 +29,9 @@ class TorchRandom:
         return torch.randn(tuple(shape), generator=self.generator, device=self.generator.device)
 
 
-def to_network_units(patch_BHW: Tensor, profile: Profile, scaling: Scaling) -> tuple[Tensor, Tensor]:
+def to_network_units(
+    patch_BHW: Tensor, profile: Profile, scaling: Scaling
+) -> tuple[Tensor, Tensor]:
     """Patches without background in network units (B, n, n), and counts in a unit (B,).
 
     Just as the pipeline does it: a profile with background has it estimated from the patch.

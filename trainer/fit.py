@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +36,9 @@ class FitConfig(BaseModel):
     scaling: Scaling = "full_scale"
     seed: int = Field(1, ge=0, lt=VALIDATION_SEED)
     samples: int = Field(1_000_000, gt=0, description="patches drawn in the whole run")
-    crowded_share: float = Field(0.0, ge=0.0, le=1.0, description="share of the run on crowded patches")
+    crowded_share: float = Field(
+        0.0, ge=0.0, le=1.0, description="share of the run on crowded patches"
+    )
     batch: int = Field(64, gt=0)
     learning_rate: float = Field(1e-3, gt=0)
     warmup: float = Field(0.02, ge=0.0, lt=1.0, description="share of the run with rising rate")
@@ -71,11 +72,10 @@ class Run:
         self.profile = PROFILES[config.profile]
         torch.manual_seed(config.seed)
         self.network = registry.build(config.network, config.settings).to(device)
-        self.c: int = self.network.config.c  # type: ignore[union-attr, assignment]
+        self.c: int = self.network.config.c
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.rng = TorchRandom(config.seed, device)
-        if hasattr(self.network, "fit_initial"):
-            self.network.fit_initial(*self._pairs(20_000, crowded=False))
+        self.network.fit_initial(*self._pairs(20_000, crowded=False))
         self.average = AveragedModel(
             self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=False
         )
@@ -101,7 +101,7 @@ class Run:
         }
         partial = self.folder / (CHECKPOINT + ".part")
         torch.save(state, partial)
-        os.replace(partial, self.folder / CHECKPOINT)
+        partial.replace(self.folder / CHECKPOINT)
 
     def resume(self) -> bool:
         """Continue from the folder's checkpoint, if there is one made with the same config."""
@@ -110,7 +110,9 @@ class Run:
             return False
         state = load_checkpoint(path)
         if state["config"] != self.config.model_dump():
-            changed = [k for k, v in self.config.model_dump().items() if state["config"].get(k) != v]
+            changed = [
+                k for k, v in self.config.model_dump().items() if state["config"].get(k) != v
+            ]
             raise TrainerError(
                 f"{path}: made with another {', '.join(changed)}; use its config or another --out"
             )
@@ -134,7 +136,7 @@ class Run:
             crowded = self.step < config.crowded_share * config.steps
             patch, truth = self._pairs(config.batch, crowded=crowded)
             with torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = loss_of(patch, truth)  # type: ignore[operator]
+                loss = loss_of(patch, truth)
             self.optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.network.parameters(), config.clip_norm)
@@ -168,14 +170,17 @@ class Run:
         with torch.no_grad():
             chunks = [self.average(chunk.to(self.device)).cpu() for chunk in signal.split(256)]
         peaks = grid_detections(torch.cat(chunks).numpy(), self.c, DETECTION_THRESHOLD)
-        score = peaks.value * unit.numpy()[peaks.index]
+        score = peaks.value * unit.numpy()[peaks.image]
         rows = torch.tensor(score)[:, None].numpy()
         found = [
-            torch.cat([torch.tensor(peaks.xy_px), torch.tensor(rows)], dim=1).numpy()[peaks.index == i]
+            torch.cat([torch.tensor(peaks.xy_px), torch.tensor(rows)], dim=1).numpy()[
+                peaks.image == i
+            ]
             for i in range(len(patch))
         ]
         true = [
-            xy[:count].numpy() for xy, count in zip(groups.xy_px, groups.count.tolist(), strict=True)
+            xy[:count].numpy()
+            for xy, count in zip(groups.xy_px, groups.count.tolist(), strict=True)
         ]
         return cso_map(found, true).mean
 
@@ -185,7 +190,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise TrainerError(f"{path}: not a readable checkpoint ({error}); delete it or restore it") from error
+        raise TrainerError(
+            f"{path}: not a readable checkpoint ({error}); delete it or restore it"
+        ) from error
     return state
 
 

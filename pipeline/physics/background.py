@@ -9,7 +9,9 @@ CLIP_SIGMA = 2.5
 ITERATIONS = 3
 
 
-def plane_background(patch_BHW: Array, centre_xy_px: Array, usable_BHW: Array) -> tuple[Array, Array]:
+def plane_background(
+    patch_BHW: Array, centre_xy_px: Array, usable_BHW: Array
+) -> tuple[Array, Array]:
     """Background plane of each patch and the residual about it, from pixels outside the blob.
 
     patch_BHW counts; centre_xy_px (B, 2) of the blob in patch coordinates; usable_BHW bool, False

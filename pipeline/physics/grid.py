@@ -56,7 +56,7 @@ def target_map(xy_px: Array, intensity: Array, size: int, c: int) -> Array:
 class Peaks(NamedTuple):
     """Candidates read off maps: which map, position in px, summed intensity, value of the cell."""
 
-    index: NDArray[np.int64]  # (N,)
+    image: NDArray[np.int64]  # (N,)
     xy_px: NDArray[np.float64]  # (N, 2)
     intensity: NDArray[np.float64]  # (N,)
     value: NDArray[np.float64]  # (N,)
@@ -105,8 +105,7 @@ def local_maxima(
     here = (index, row, column)
     gathered, moment_x, moment_y = (
         values[here] * (1.0 if weight is None else np.broadcast_to(weight, values.shape)[here])
-        + peaks[here]
-        * neighbourhood(spare if weight is None else spare * weight).sum(axis=0)[here]
+        + peaks[here] * neighbourhood(spare if weight is None else spare * weight).sum(axis=0)[here]
         for weight in (None, centres_x, centres_y)
     )
     xy_px = np.stack([moment_x, moment_y], axis=1) / gathered[:, None]

@@ -100,7 +100,9 @@ def draw_arrangements(
     return array_namespace(points).concat(kept, axis=0)[:number]
 
 
-def draw_groups(profile: Profile, number: int, rng: Random, max_targets: int = MAX_TARGETS) -> Groups:
+def draw_groups(
+    profile: Profile, number: int, rng: Random, max_targets: int = MAX_TARGETS
+) -> Groups:
     """Draw `number` groups; counts are uniform over 1…max_targets, in random order."""
     draw = rng.uniform((number,))
     xp = array_namespace(draw)

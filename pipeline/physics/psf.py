@@ -42,9 +42,7 @@ def pixel_response(position_px: Array, size: int, sigma_px: Array | float) -> Ar
     return cdf[..., 1:] - cdf[..., :-1]
 
 
-def pixel_response_derivatives(
-    position_px: Array, size: int, sigma_px: Array | float
-) -> Response:
+def pixel_response_derivatives(position_px: Array, size: int, sigma_px: Array | float) -> Response:
     """`pixel_response` with its derivatives by position (1/px) and by sigma (1/px)."""
     xp = array_namespace(position_px)
     t, sigma = _edges(position_px, size, sigma_px)

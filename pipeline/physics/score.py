@@ -42,7 +42,9 @@ def cso_map(
     total = sum(len(truth) for truth in truths)
     order = np.argsort(-score, kind="stable")
     nearest, distance, score = nearest[order], distance[order], score[order]
-    return CsoMap({t: _average_precision(nearest, distance <= t, score, total) for t in thresholds_px})
+    return CsoMap(
+        {t: _average_precision(nearest, distance <= t, score, total) for t in thresholds_px}
+    )
 
 
 def _nearest_truth(

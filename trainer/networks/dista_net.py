@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.physics.grid import sampling_matrix
+from trainer.network import UnmixingNetwork
 
 
-class DistaNet(nn.Module):
+class DistaNet(UnmixingNetwork):
     """Patch in network units (B, n, n) → map of intensities in the same units (B, cn, cn)."""
 
     class Config(BaseModel):
@@ -71,6 +72,7 @@ class DistaNet(nn.Module):
         s = z @ initial.T  # (B, L)
         symmetry = z.new_zeros(())
         for stage in self.unfolded:
+            assert isinstance(stage, _Stage)  # noqa: S101, for the type checker
             gradient = (s @ phi.T - z) @ phi  # Φᵀ(Φ s − z)
             r = (s - stage.step_size * gradient).reshape(-1, 1, side, side)
             features = stage.transform(s, r)
