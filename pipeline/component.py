@@ -6,7 +6,7 @@ configuration it is called `detect`. To add one, add a file.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import PipelineError
+from pipeline.formats.recording import Truth as Truth  # part of what a source offers
 from pipeline.messages import Frame
 from pipeline.physics.sensor import Sensor
 
@@ -57,21 +58,6 @@ class Stage(ABC, Generic[In, Out]):
         """Release what the stage holds."""
 
 
-@dataclass(frozen=True)
-class Truth:
-    """Where the targets of a recording truly are, for scoring."""
-
-    frame_index: NDArray[np.int32]  # (M,) which frame, counted from 0
-    target_id: NDArray[np.int32]  # (M,)
-    xy_px: NDArray[np.float64]  # (M, 2)
-    intensity: NDArray[np.float32]  # (M,) counts
-
-    def of_frame(self, index: int) -> NDArray[np.float64]:
-        """Positions (m, 2) px in frame `index`."""
-        found: NDArray[np.float64] = self.xy_px[self.frame_index == index]
-        return found
-
-
 class Source(ABC):
     """Yields frames; made in the process that reads them."""
 
@@ -92,6 +78,14 @@ class Source(ABC):
 
     def close(self) -> None:  # noqa: B027, most sources hold nothing
         """Release what the source holds; `frames` ends soon after."""
+
+
+def configured_sensor(own: Sensor, overrides: dict[str, Any], where: str) -> Sensor:
+    """The source's own sensor with the configured fields over it; `where` names the source."""
+    try:
+        return replace(own, **overrides)
+    except ValueError as error:
+        raise PipelineError(f"{where}: {error}") from error
 
 
 Kind = Literal["source", "stage"]

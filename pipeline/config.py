@@ -10,6 +10,7 @@ publish:  {endpoint: tcp://127.0.0.1:5556}
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,14 +19,15 @@ import cv2
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from pipeline.component import Settings, component
 from pipeline.errors import PipelineError
-from pipeline.physics.sensor import Sensor
 from pipeline.runtime.topology import TOPOLOGY, Node
 
 S = TypeVar("S", bound=BaseModel)
+
+LOCAL_ENDPOINT = r"ipc://.+|tcp://(127(\.\d{1,3}){3}|localhost|\[::1\]):(\d{1,5}|\*)"
 
 
 class SensorSettings(Settings):
@@ -57,9 +59,19 @@ class NodeSettings(Settings):
 class PublishSettings(Settings):
     """Where target messages go out."""
 
-    endpoint: str = Field("tcp://127.0.0.1:5556", pattern=r"^(tcp|ipc)://.+")
+    endpoint: str | None = None
     queue: int = Field(1000, ge=1, description="messages a slow subscriber may fall behind")
     heartbeat_s: float = Field(1.0, gt=0.0)
+
+    @field_validator("endpoint")
+    @classmethod
+    def _local(cls, endpoint: str | None) -> str | None:
+        """Without authentication the stream stays on this machine."""
+        if endpoint is not None and not re.fullmatch(LOCAL_ENDPOINT, endpoint):
+            raise ValueError(
+                "must be ipc://PATH or tcp://127.0.0.1:PORT: without keys nobody else is let in"
+            )
+        return endpoint
 
 
 @dataclass(frozen=True)
@@ -93,11 +105,17 @@ class PipelineConfig:
 
 
 def load_config(
-    path: Path | None, *, source: dict[str, Any] | None = None, engine: str | None = None
+    path: Path | None,
+    *,
+    source: dict[str, Any] | None = None,
+    engine: str | None = None,
+    publish: str | None = None,
+    default_endpoint: str | None = None,
 ) -> PipelineConfig:
-    """Read and check a configuration file; `source` and `engine` override what it says.
+    """Read and check a configuration file; `source`, `engine`, `publish` override what it says.
 
-    Without a file every setting has its default. Raises PipelineError naming file, path of the
+    publish: endpoint; default_endpoint: used if there is none otherwise. Without a file every
+    setting has its default. Raises PipelineError naming file, path of the
     field and the fields that exist there.
     """
     where = str(path) if path else "configuration"
@@ -119,6 +137,10 @@ def load_config(
     engine = engine if engine is not None else data.get("engine", "default")
     if not isinstance(engine, str):
         raise PipelineError(f"{where}: engine must be a name or a path, got {engine!r}")
+    published = data.get("publish") or {}
+    if isinstance(published, dict):
+        endpoint = publish or published.get("endpoint") or default_endpoint
+        published = {**published, "endpoint": endpoint}
     return PipelineConfig(
         source_kind=kind,
         source=_section(component("source", kind).Config, chosen, "source", where),
@@ -129,7 +151,7 @@ def load_config(
             name: _section(component("stage", name).Config, data.get(name), name, where)
             for name in stage_names
         },
-        publish=_section(PublishSettings, data.get("publish"), "publish", where),
+        publish=_section(PublishSettings, published, "publish", where),
     )
 
 
@@ -210,11 +232,3 @@ def load_bad_pixels(path: Path | None, shape: tuple[int, int]) -> NDArray[np.boo
         )
     result: NDArray[np.bool_] = image != 0
     return result
-
-
-def configured_sensor(own: Sensor, overrides: dict[str, Any], where: str) -> Sensor:
-    """The source's own sensor with the configured fields over it."""
-    try:
-        return replace(own, **overrides)
-    except ValueError as error:
-        raise PipelineError(f"{where}: {error}") from error

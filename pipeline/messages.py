@@ -102,6 +102,7 @@ class Unmixed:
     patch: NDArray[np.int32]  # (M,) row among the patches
     xy_px: NDArray[np.float64]  # (M, 2)
     intensity: NDArray[np.float64]  # (M,) counts
+    cell_px: float  # side of the grid cell a position is known to, 0 = not on a grid
     engine: str  # hash of the engine that found them
     source: str  # name of the method the positions come from
 
@@ -222,7 +223,6 @@ class StartMessage(Wire):
 
     schema_: Literal["irst.start/1"] = Field(alias="schema")
     sensor_id: str
-    engine: str
     config: str
 
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from engines.scaling import Scaling, network_unit
-from pipeline.physics.background import plane_background
+from engines.scaling import Scaling
 from pipeline.physics.grid import target_map
 from pipeline.physics.groups import SIZE_PX, Groups, Profile, draw_groups
 from pipeline.physics.measurement import measure
 from pipeline.physics.psf import render
+from trainer.units import to_network_units
 
 
 class TorchRandom:
@@ -29,21 +29,6 @@ class TorchRandom:
         return torch.randn(tuple(shape), generator=self.generator, device=self.generator.device)
 
 
-def to_network_units(
-    patch_BHW: Tensor, profile: Profile, scaling: Scaling
-) -> tuple[Tensor, Tensor]:
-    """Patches without background in network units (B, n, n), and counts in a unit (B,).
-
-    Just as the pipeline does it: a profile with background has it estimated from the patch.
-    """
-    if profile.background:
-        middle = torch.full((len(patch_BHW), 2), (SIZE_PX - 1) / 2, device=patch_BHW.device)
-        usable = torch.ones_like(patch_BHW, dtype=torch.bool)
-        patch_BHW = patch_BHW - plane_background(patch_BHW, middle, usable)[0]
-    unit = network_unit(patch_BHW, scaling, profile.sensor.full_scale)
-    return patch_BHW / unit[:, None, None], unit
-
-
 def training_pairs(
     profile: Profile, number: int, c: int, scaling: Scaling, rng: TorchRandom, *, crowded: bool
 ) -> tuple[Tensor, Tensor]:
@@ -57,7 +42,12 @@ def training_pairs(
     mean = profile.background + render(
         groups.xy_px, groups.intensity, (SIZE_PX, SIZE_PX), groups.sigma_px[:, None]
     )
-    patch, unit = to_network_units(measure(mean, profile.sensor, rng), profile, scaling)
+    patch, unit = to_network_units(
+        measure(mean, profile.sensor, rng),
+        background=profile.background > 0.0,
+        scaling=scaling,
+        full_scale=profile.sensor.full_scale,
+    )
     truth = target_map(groups.xy_px, groups.intensity / unit[:, None], SIZE_PX, c)
     return patch, truth
 

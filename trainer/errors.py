@@ -3,3 +3,11 @@
 
 class TrainerError(Exception):
     """Bad input: what, where, and how to mend it. Exit code 2."""
+
+    exit_code = 2
+
+
+class TrainingFailed(TrainerError):
+    """A run that began well and failed. Exit code 1."""
+
+    exit_code = 1

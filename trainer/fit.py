@@ -2,64 +2,27 @@
 
 import json
 import math
+import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from engines.scaling import Scaling
-from pipeline.physics.grid import grid_detections
-from pipeline.physics.groups import PROFILES, draw_patches
-from pipeline.physics.score import cso_map
+from pipeline.physics.groups import PROFILES, SIZE_PX, draw_patches
 from trainer import registry
-from trainer.data import TorchRandom, to_network_units, training_pairs
-from trainer.errors import TrainerError
+from trainer.data import TorchRandom, training_pairs
+from trainer.errors import TrainerError, TrainingFailed
+from trainer.fit_config import DETECTION_THRESHOLD, VALIDATION_SEED, FitConfig, fit_config
+from trainer.metrics import cso_map, grid_rows
+from trainer.units import to_network_units
 
-VALIDATION_SEED = 900_001
-DETECTION_THRESHOLD = 50 / 255
 CHECKPOINT = "checkpoint.pt"
-
-
-class FitConfig(BaseModel):
-    """One training run; everything that decides its result."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    network: str = "dista_net"
-    settings: dict[str, Any] = Field(default_factory=dict, description="the network's own Config")
-    profile: str = "csist-100k"
-    scaling: Scaling = "full_scale"
-    seed: int = Field(1, ge=0, lt=VALIDATION_SEED)
-    samples: int = Field(1_000_000, gt=0, description="patches drawn in the whole run")
-    crowded_share: float = Field(
-        0.0, ge=0.0, le=1.0, description="share of the run on crowded patches"
-    )
-    batch: int = Field(64, gt=0)
-    learning_rate: float = Field(1e-3, gt=0)
-    warmup: float = Field(0.02, ge=0.0, lt=1.0, description="share of the run with rising rate")
-    ema_decay: float = Field(0.999, ge=0.0, lt=1.0)
-    clip_norm: float = Field(1.0, gt=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    compile: bool = False
-    validate_every: int = Field(500, gt=0, description="steps")
-    validate_samples: int = Field(1000, gt=0)
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps in the whole run."""
-        return math.ceil(self.samples / self.batch)
-
-    def rate(self, step: int) -> float:
-        """Learning rate as a share of the peak: linear warm-up, then a cosine to zero."""
-        warm = max(1, round(self.warmup * self.steps))
-        if step < warm:
-            return (step + 1) / warm
-        return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+LOG = "log.jsonl"
 
 
 class Run:
@@ -73,8 +36,11 @@ class Run:
         torch.manual_seed(config.seed)
         self.network = registry.build(config.network, config.settings).to(device)
         self.c: int = self.network.config.c
+        self._check_geometry()
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.rng = TorchRandom(config.seed, device)
+        if config.initial_weights is not None:
+            self._start_from(Path(config.initial_weights))
         self.network.fit_initial(*self._pairs(20_000, crowded=False))
         self.average = AveragedModel(
             self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=False
@@ -82,6 +48,28 @@ class Run:
         self.optimiser = torch.optim.Adam(self.network.parameters(), lr=config.learning_rate)
         self.step = 0
         self.seconds = 0.0
+        self.records: list[dict[str, float]] = []
+
+    def _check_geometry(self) -> None:
+        """The network must be made for the patches and the PSF of the profile."""
+        sensor = self.profile.sensor
+        for field, wanted in (("size_px", SIZE_PX), ("sigma_px", sensor.sigma_px)):
+            value = getattr(self.network.config, field)
+            if value != wanted:
+                raise TrainerError(
+                    f"settings: {field} is {value}, profile {self.profile.name} has {wanted}; "
+                    "make them equal"
+                )
+
+    def _start_from(self, path: Path) -> None:
+        """Take over another run's averaged weights; what `fit_initial` computes is not kept."""
+        try:
+            self.network.load_state_dict(averaged_weights(load_checkpoint(path)))
+        except RuntimeError as error:
+            raise TrainerError(
+                f"initial_weights {path}: of another network or other settings; "
+                "use the settings of that run"
+            ) from error
 
     def _pairs(self, number: int, *, crowded: bool) -> tuple[Tensor, Tensor]:
         return training_pairs(
@@ -89,7 +77,10 @@ class Run:
         )
 
     def save(self) -> None:
-        """Write the checkpoint beside the old one, then replace it: a kill leaves one whole."""
+        """Write log, then checkpoint, each beside the old one it replaces: a kill leaves one whole.
+
+        So the log always holds the record of the checkpoint's step.
+        """
         state = {
             "config": self.config.model_dump(),
             "step": self.step,
@@ -99,6 +90,9 @@ class Run:
             "optimiser": self.optimiser.state_dict(),
             "generator": self.rng.generator.get_state(),
         }
+        partial = self.folder / (LOG + ".part")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        partial.replace(self.folder / LOG)
         partial = self.folder / (CHECKPOINT + ".part")
         torch.save(state, partial)
         partial.replace(self.folder / CHECKPOINT)
@@ -109,22 +103,26 @@ class Run:
         if not path.exists():
             return False
         state = load_checkpoint(path)
-        if state["config"] != self.config.model_dump():
-            changed = [
-                k for k, v in self.config.model_dump().items() if state["config"].get(k) != v
-            ]
+        before = fit_config(state["config"], str(path))  # fields it does not know: the defaults
+        if before != self.config:
+            was = before.model_dump()
+            changed = [k for k, v in self.config.model_dump().items() if was[k] != v]
             raise TrainerError(
                 f"{path}: made with another {', '.join(changed)}; use its config or another --out"
             )
         self.step, self.seconds = state["step"], state["seconds"]
+        self.records = read_log(self.folder, self.step)
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.rng.generator.set_state(state["generator"].cpu())
         return True
 
-    def train(self) -> Iterator[dict[str, float]]:
-        """Train to the end; yields a record at every validation, after saving the checkpoint."""
+    def train(self, on_step: Callable[[int], None] | None = None) -> Iterator[dict[str, float]]:
+        """Train to the end; yields a record at every validation, after saving the checkpoint.
+
+        on_step: called with the number of steps done, after each.
+        """
         config = self.config
         loss_of = torch.compile(self.network.loss) if config.compile else self.network.loss
         kind = torch.device(self.device).type
@@ -144,66 +142,94 @@ class Run:
             self.average.update_parameters(self.network)
             self.step += 1
             total, since = total + loss.item(), since + 1
+            if on_step is not None:
+                on_step(self.step)
             if self.step % config.validate_every == 0 or self.step == config.steps:
                 if not math.isfinite(total):
-                    raise TrainerError(
+                    raise TrainingFailed(
                         f"step {self.step}: the loss is not finite; lower learning_rate "
                         f"(now {config.learning_rate}) and start again"
                     )
                 ap = self.validate()
                 self.seconds = time.monotonic() - started
-                self.save()
-                yield {
+                record = {
                     "step": self.step,
                     "samples": self.step * config.batch,
                     "loss": total / since,
                     "cso_map": ap,
                     "seconds": round(self.seconds, 1),
                 }
+                self.records.append(record)
+                self.save()
+                yield record
                 total, since = 0.0, 0
 
     def validate(self) -> float:
         """Grid CSO-mAP of the averaged weights on held-out patches of the profile."""
-        truth_rng = TorchRandom(VALIDATION_SEED)
-        patch, groups = draw_patches(self.profile, self.config.validate_samples, truth_rng)
-        signal, unit = to_network_units(patch, self.profile, self.config.scaling)
+        patch, groups = draw_patches(
+            self.profile, self.config.validate_samples, TorchRandom(VALIDATION_SEED)
+        )
+        signal, unit = to_network_units(
+            patch,
+            background=self.profile.background > 0.0,
+            scaling=self.config.scaling,
+            full_scale=self.profile.sensor.full_scale,
+        )
         with torch.no_grad():
-            chunks = [self.average(chunk.to(self.device)).cpu() for chunk in signal.split(256)]
-        peaks = grid_detections(torch.cat(chunks).numpy(), self.c, DETECTION_THRESHOLD)
-        score = peaks.value * unit.numpy()[peaks.image]
-        rows = torch.tensor(score)[:, None].numpy()
-        found = [
-            torch.cat([torch.tensor(peaks.xy_px), torch.tensor(rows)], dim=1).numpy()[
-                peaks.image == i
-            ]
-            for i in range(len(patch))
-        ]
+            maps = [self.average(part.to(self.device)).cpu() for part in signal.split(256)]
+        found = grid_rows(torch.cat(maps).numpy(), unit.numpy(), self.c, DETECTION_THRESHOLD)
         true = [
-            xy[:count].numpy()
-            for xy, count in zip(groups.xy_px, groups.count.tolist(), strict=True)
+            xy_px[:count]
+            for xy_px, count in zip(groups.xy_px.numpy(), groups.count.tolist(), strict=True)
         ]
         return cso_map(found, true).mean
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint: tensors and plain types only, never code."""
+def read_log(folder: Path, step: int) -> list[dict[str, float]]:
+    """The records of a run up to the checkpoint of `step`, that one included."""
+    path = folder / LOG
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        records = [line for line in lines if line["step"] <= step]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainerError(
-            f"{path}: not a readable checkpoint ({error}); delete it or restore it"
+            f"{path}: cannot be read ({error}); restore it or train again"
         ) from error
+    if not records or records[-1]["step"] != step:
+        raise TrainerError(f"{path}: has no record of step {step}; restore it or train again")
+    return records
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a run's checkpoint: tensors and plain types only, never code."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise TrainerError(f"{path}: no such checkpoint; `trainer fit` writes one") from error
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise TrainerError(
+            f"{path}: not a readable checkpoint, truncated perhaps; restore it or train again"
+        ) from error
+    if not isinstance(state, dict) or not {"config", "step", "average"} <= state.keys():
+        raise TrainerError(f"{path}: not the checkpoint of a run; `trainer fit` writes one")
     return state
+
+
+def averaged_weights(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The averaged weights of a checkpoint, named as in the network."""
+    prefix = "module."
+    return {
+        name.removeprefix(prefix): value
+        for name, value in state["average"].items()
+        if name.startswith(prefix)
+    }
 
 
 def fit(config: FitConfig, folder: Path, device: str = "cpu") -> dict[str, float]:
     """Train (or go on training) in `folder` with a progress bar; returns the last record."""
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(config, folder, device)
-    resumed = run.resume()
-    log = folder / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if resumed else []
-    records: list[dict[str, float]] = [line for line in lines if line["step"] <= run.step]
+    run.resume()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -213,15 +239,13 @@ def fit(config: FitConfig, folder: Path, device: str = "cpu") -> dict[str, float
     )
     with Progress(*columns) as progress:
         task = progress.add_task(config.network, total=config.steps, completed=run.step)
-        for record in run.train():
-            records.append(record)
-            log.write_text("".join(json.dumps(line) + "\n" for line in records))
-            draw_curves(records, folder / "loss.png", config.network)
+        for record in run.train(lambda step: progress.update(task, completed=step)):
+            draw_curves(run.records, folder / "loss.png", config.network)
             text = f"{config.network}  loss {record['loss']:.2e}  CSO-mAP {record['cso_map']:.3f}"
-            progress.update(task, completed=record["step"], description=text)
+            progress.update(task, description=text)
             if not progress.console.is_terminal:
                 progress.console.print(f"{text}  step {record['step']} of {config.steps}")
-    return records[-1]
+    return run.records[-1]
 
 
 def draw_curves(records: list[dict[str, float]], path: Path, title: str) -> None:

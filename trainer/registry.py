@@ -4,7 +4,10 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+from pydantic import ValidationError
+
 import trainer.networks
+from engines.errors import first_fault
 from trainer.errors import TrainerError
 from trainer.network import UnmixingNetwork
 
@@ -25,7 +28,20 @@ def network_class(name: str) -> type[UnmixingNetwork]:
 
 
 def build(name: str, settings: dict[str, Any]) -> UnmixingNetwork:
-    """A network with fresh weights; `settings` are the fields of its Config."""
+    """A network with fresh weights; `settings` are the fields of its Config.
+
+    Raises TrainerError naming the network or the setting that does not exist or cannot be.
+    """
     network: Any = network_class(name)
-    built: UnmixingNetwork = network(network.Config(**settings))
+    try:
+        config = network.Config(**settings)
+    except ValidationError as error:
+        known = ", ".join(network.Config.model_fields)
+        raise TrainerError(f"{name} settings: {first_fault(error)}; known: {known}") from error
+    for field in ("size_px", "c"):
+        if getattr(config, field) % 2 == 0:
+            raise TrainerError(
+                f"{name} settings: {field} must be odd, got {getattr(config, field)}"
+            )
+    built: UnmixingNetwork = network(config)
     return built

@@ -17,7 +17,7 @@ def erf(x: Array) -> Array:
 
 
 def log_normal_cdf(x: Array) -> Array:
-    """Logarithm of Φ(x), elementwise and accurate far into the tail, for numpy arrays and torch tensors."""
+    """Logarithm of Φ(x), accurate far into the tail, for numpy arrays and torch tensors."""
     if is_numpy_array(x):
         return scipy.special.log_ndtr(x)
     return array_namespace(x).special.log_ndtr(x)

@@ -6,7 +6,7 @@ from pipeline.physics.arrays import Array
 
 GUARD_PX = 3.5
 CLIP_SIGMA = 2.5
-ITERATIONS = 3
+ITERATIONS = 6
 
 
 def plane_background(
@@ -16,7 +16,8 @@ def plane_background(
 
     patch_BHW counts; centre_xy_px (B, 2) of the blob in patch coordinates; usable_BHW bool, False
     for bad pixels. Pixels farther than GUARD_PX from the centre along either axis are fitted by
-    least squares, those off by more than 2.5 sigma (a neighbouring target) dropped, twice over.
+    least squares, those off by more than 2.5 sigma (a neighbouring target) dropped, five times over:
+    with two bright neighbours it takes that many until no more are dropped.
     → plane (B, H, W) counts, rms residual (B,) counts. A patch with fewer than 8 such pixels
     gets the mean of its usable pixels.
     """

@@ -38,7 +38,7 @@ def cso_map(
     """
     if len(detections) != len(truths):
         raise ValueError(f"{len(detections)} images of detections but {len(truths)} of truths")
-    nearest, distance, score = _nearest_truth(detections, truths)
+    nearest, distance, score = nearest_truth(detections, truths)
     total = sum(len(truth) for truth in truths)
     order = np.argsort(-score, kind="stable")
     nearest, distance, score = nearest[order], distance[order], score[order]
@@ -47,10 +47,14 @@ def cso_map(
     )
 
 
-def _nearest_truth(
+def nearest_truth(
     detections: Sequence[Rows], truths: Sequence[Rows]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """For each pooled detection: number of its nearest truth (−1: none), distance px, score."""
+    """For each pooled detection: number of its nearest truth (−1: none), distance px, score.
+
+    The number is that of the truth among all images, so two detections share it exactly when
+    they are nearest to the same truth of the same image.
+    """
     width = max((len(truth) for truth in truths), default=0)
     padded = np.full((len(truths), max(width, 1), 2), np.inf)
     for row, truth in zip(padded, truths, strict=True):
@@ -75,13 +79,19 @@ def _average_precision(
         return 0.0 if len(score) else 1.0
     if len(score) == 0:
         return 0.0
-    candidates = np.flatnonzero(close)
-    hit = np.zeros(len(score))
-    hit[candidates[np.unique(nearest[candidates], return_index=True)[1]]] = 1.0
+    hit = first_hits(nearest, close)
     ends = np.append(np.flatnonzero(np.diff(score)), len(score) - 1)  # last of each tied block
     true_positives = np.cumsum(hit)[ends]
     precision = np.maximum.accumulate((true_positives / (ends + 1))[::-1])[::-1]
     return float(np.sum(np.diff(true_positives, prepend=0.0) / total * precision))
+
+
+def first_hits(nearest: NDArray[np.int64], close: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """1 for each detection, best score first, that is close enough and the first at its truth."""
+    candidates = np.flatnonzero(close)
+    hit = np.zeros(len(nearest))
+    hit[candidates[np.unique(nearest[candidates], return_index=True)[1]]] = 1.0
+    return hit
 
 
 def match_at_gate(found_xy: Rows, true_xy: Rows, gate_px: float) -> NDArray[np.int64]:

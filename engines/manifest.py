@@ -1,0 +1,142 @@
+"""The manifest beside a model, `NAME.json` for `NAME.onnx`: what it is, for whom, from where."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from engines.errors import EngineError, first_fault
+from engines.scaling import Scaling
+
+SIGMA_TOLERANCE = 0.15
+"""A sensor's σ may differ by this share: field engines are trained on ±10 %."""
+
+Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class SensorLike(Protocol):
+    """What an engine asks about a sensor; `pipeline.physics.sensor.Sensor` is one."""
+
+    @property
+    def sigma_px(self) -> float:
+        """Of the Gaussian PSF, px."""
+        ...
+
+    @property
+    def full_scale(self) -> int:
+        """Count at which a pixel saturates, DN."""
+        ...
+
+    @property
+    def noiseless(self) -> bool:
+        """True where only rounding separates a measurement from its expectation."""
+        ...
+
+
+class SensorNeeds(BaseModel):
+    """The sensor a network was trained for; a field left out may be anything."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    sigma_px: float | None = Field(None, gt=0.0)
+    full_scale: int | None = Field(None, ge=1)
+    noiseless: bool | None = None
+
+    @property
+    def number(self) -> int:
+        """How many fields are set: the more, the more specific."""
+        return len(self.model_dump(exclude_none=True))
+
+    def mismatches(self, sensor: SensorLike) -> list[str]:
+        """What does not fit, e.g. "made for sigma_px 0.5, the sensor has 0.8"; empty if all does.
+
+        sigma_px may differ by SIGMA_TOLERANCE of the engine's; the other fields must be equal.
+        """
+        found = []
+        for name, wanted in self.model_dump(exclude_none=True).items():
+            has = getattr(sensor, name)
+            near = name == "sigma_px" and abs(has - wanted) <= SIGMA_TOLERANCE * wanted
+            if has != wanted and not near:
+                found.append(f"made for {name} {_plain(wanted)}, the sensor has {_plain(has)}")
+        return found
+
+
+def _plain(value: float | bool) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool) else f"{value:g}"
+
+
+class Manifest(BaseModel):
+    """Everything there is to know of an engine; unknown fields are errors.
+
+    Patches (B, size_px, size_px) and maps (B, c·size_px, c·size_px) are float32 in network units
+    (see engines/scaling.py); the map holds the intensity in each cell.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    format: Literal["irst-engine/1"] = "irst-engine/1"
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=64)
+    network: str = Field(description="file of trainer/networks it was made from")
+    settings: dict[str, Any] = Field(description="that network's Config")
+    size_px: int = Field(ge=3, le=255)
+    c: int = Field(description="sub-pixel division: each pixel is c × c cells")
+    sigma_px: float = Field(gt=0.0, description="PSF the network computes with, px")
+    output: Literal["intensity-map"] = "intensity-map"
+    scaling: Scaling
+    sensor: SensorNeeds
+    detection_threshold: float = Field(gt=0.0, description="network units")
+    max_batch: int = Field(16, ge=1, le=4096, description="patches inferred at a time")
+    profile: str = Field(description="data it was trained on")
+    seed: int
+    samples: int = Field(ge=0, description="patches seen in training")
+    training_s: float = Field(ge=0.0)
+    loss: float = Field(ge=0.0, description="training loss at the end")
+    cso_map: float = Field(ge=0.0, le=1.0, description="on held-out patches of the profile")
+    parameters: int = Field(ge=0)
+    onnx_sha256: str = Sha256
+    weights_sha256: str = Sha256
+    versions: dict[str, str] = Field(description="library → version it was made with")
+
+    @property
+    def cells(self) -> int:
+        """Cells along one side of a map."""
+        return self.c * self.size_px
+
+    def fits(self, sensor: SensorLike) -> list[str]:
+        """One line for each thing about the sensor this engine was not made for."""
+        return self.sensor.mismatches(sensor)
+
+    def write(self, path: Path) -> None:
+        """Write as JSON, whole or not at all."""
+        partial = path.with_name(path.name + ".part")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(self.model_dump_json(indent=2, exclude_none=True) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check a manifest; raises EngineError naming the field that is wrong."""
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise EngineError(f"{path}: cannot read the manifest ({error.strerror})") from error
+    except ValidationError as error:
+        raise EngineError(
+            f"{path}: {first_fault(error)}; write it again with `trainer export`"
+        ) from error
+    for name in ("size_px", "c"):
+        value = getattr(manifest, name)
+        if value < 1 or value % 2 == 0:
+            raise EngineError(
+                f"{path}: {name} must be odd, got {value}; train and export a network with an "
+                f"odd {name}"
+            )
+    return manifest
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file, 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,197 @@
+"""`pipeline bench`: every stage and hop on this machine, beside the budgets.
+
+Method. A scene recording (640 × 512, 14 bit, 16 groups a frame) is made once, in a temporary
+folder. (1) Each stage by direct call over all frames. (2) The same in processes over ZeroMQ, as
+fast as it goes: its rival is the plain loop of (1), and the ratio of the two is printed. (3) The
+same recording live at 100 Hz: age at publish, each hop from send to receipt with the waiting in
+it, frames lost. (4) One full frame through four credit hops over ipc, one frame at a time.
+"""
+
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from pipeline.component import Source, component
+from pipeline.config import PipelineConfig, load_config
+from pipeline.formats.recording import RecordingWriter
+from pipeline.messages import Frame, FrameInfo, Trace
+from pipeline.physics.scene import Scene, SceneSettings
+from pipeline.runtime import replay
+from pipeline.runtime.supervisor import Supervisor
+from pipeline.summary import Summary
+from pipeline.transport import codec
+from pipeline.transport.sockets import CreditReceiver, CreditSender
+
+LIVE_HZ = 100.0
+HOPS = 4
+DETECTION_BUDGET_HZ = 400.0
+FOUR_HOPS_BUDGET_MS = 1.5
+AGE_BUDGET_MS = 10.0
+
+
+def run_bench(frames: int, engine: str | None) -> None:
+    """Measure and print; see the module for the method."""
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="irst-") as folder:
+        path = Path(folder) / "bench.zarr"
+        _make_recording(path, frames)
+        config = load_config(
+            None, source={"kind": "zarr_recording", "path": str(path)}, engine=engine
+        )
+        source = _open(config)
+        plain = _collect(replay.in_process(config, source))
+        source.close()
+        console.print(
+            f"\n{frames} frames of 640 × 512, 16 bit; {os.cpu_count()} cores; seed 1; "
+            f"{plain.targets / frames:.1f} targets and {plain.groups / frames:.1f} groups a frame"
+        )
+        _print_stages(console, config, plain)
+        _print_flow(console, config, source, plain)
+        _print_live(console, path, engine, source)
+    _print_hops(console, frames)
+
+
+def _make_recording(path: Path, frames: int) -> None:
+    scene = Scene(SceneSettings(seed=1))
+    shape = (scene.settings.height, scene.settings.width)
+    with RecordingWriter(path, shape, scene.settings.sensor) as writer:
+        for index in track(range(frames), "making the recording", console=Console(stderr=True)):
+            writer.append(scene.frame(index).pixels_HW, round(index * 1e9 / LIVE_HZ))
+
+
+def _open(config: PipelineConfig) -> Source:
+    source: Source = component("source", config.source_kind).build(
+        config.source, config.sensor.overrides()
+    )
+    return source
+
+
+def _collect(messages: Any) -> Summary:
+    summary = Summary()
+    for message, _ in messages:
+        summary.add(message)
+    return summary
+
+
+def _ratio(measured: float, budget: float) -> str:
+    return f"{measured / budget:.2f}"
+
+
+def _print_stages(console: Console, config: PipelineConfig, plain: Summary) -> None:
+    table = Table(
+        "stage", "p50 ms", "p99 ms", "frames/s", "budget ms", "p50 / budget",
+        title="(1) stages by direct call", title_justify="left",
+    )  # fmt: skip
+    for node in config.topology:
+        total = np.sum([plain.latency_ns[stage] for stage in node.stages], axis=0) / 1e6
+        for stage in node.stages:
+            p50, p99 = np.percentile(np.array(plain.latency_ns[stage]) / 1e6, [50, 99])
+            table.add_row(stage, f"{p50:.2f}", f"{p99:.2f}", f"{1e3 / p50:.0f}", "", "")
+        p50, p99 = np.percentile(total, [50, 99])
+        budget = node.budget_ms
+        table.add_row(
+            f"[bold]{node.name} node", f"{p50:.2f}", f"{p99:.2f}", f"{1e3 / p50:.0f}",
+            f"{budget:g}", _ratio(p50, budget), end_section=True,
+        )  # fmt: skip
+    console.print(table)
+    rate = 1e9 / float(np.median(plain.latency_ns["detect"]))
+    verdict = _ratio(rate, DETECTION_BUDGET_HZ)
+    console.print(
+        f"up to detection {rate:.0f} frames/s; wanted {DETECTION_BUDGET_HZ:g}: × {verdict}"
+    )
+
+
+def _print_flow(console: Console, config: PipelineConfig, source: Source, plain: Summary) -> None:
+    flow = _collect(replay.over_zeromq(config, source))
+    console.print("\n(2) replay as fast as it goes")
+    for name, run in (("plain loop", plain), ("over ZeroMQ", flow)):
+        console.print(f"  {name:12} {run.frames / run.seconds:7.1f} frames/s")
+    console.print(f"  ZeroMQ / plain loop: {plain.seconds / flow.seconds:.2f}")
+
+
+def _print_live(console: Console, path: Path, engine: str | None, source: Source) -> None:
+    settings = {"kind": "zarr_recording", "path": str(path), "rate_hz": LIVE_HZ}
+    config = load_config(None, source=settings, engine=engine)
+    with Supervisor(config, "live", source.sensor, source.shape) as supervisor:
+        live = _collect(supervisor.messages())
+    table = Table(
+        "stage or hop", "p50 ms", "p99 ms",
+        title=f"(3) live at {LIVE_HZ:g} Hz: {live.frames} frames published, "
+        f"{len(live.dropped)} shed",
+        title_justify="left",
+    )  # fmt: skip
+    for name, ns in live.latency_ns.items():
+        p50, p99 = np.percentile(np.array(ns) / 1e6, [50, 99])
+        table.add_row(name, f"{p50:.2f}", f"{p99:.2f}")
+    console.print(table)
+    if live.frames:
+        p99 = float(np.percentile(live.latency_ns["ingest to publish"], 99)) / 1e6
+        verdict = _ratio(p99, AGE_BUDGET_MS)
+        console.print(f"ingest to publish p99 {p99:.1f} ms; budget {AGE_BUDGET_MS:g}: × {verdict}")
+
+
+def _print_hops(console: Console, frames: int) -> None:
+    times_ms = four_hops_ms(frames)
+    p50, p99 = np.percentile(times_ms, [50, 99])
+    verdict = _ratio(float(p50), FOUR_HOPS_BUDGET_MS)
+    console.print(
+        f"\n(4) four hops of a full frame: p50 {p50:.2f} ms, p99 {p99:.2f} ms; "
+        f"budget {FOUR_HOPS_BUDGET_MS:g} ms p50: × {verdict}"
+    )
+
+
+def four_hops_ms(frames: int) -> list[float]:
+    """Milliseconds each of `frames` full frames takes through four credit hops in a chain."""
+    info = FrameInfo(0, "bench", 0, "utc", (512, 640))
+    frame = Frame(info, np.zeros((512, 640), dtype=np.uint16))
+    times_ms = []
+    with tempfile.TemporaryDirectory(prefix="irst-") as folder:
+        endpoints = [f"ipc://{folder}/{hop}" for hop in range(HOPS)]
+        first = CreditSender(endpoints[0], receivers=1, queue=1)
+        relays = [
+            threading.Thread(target=_relay, args=(endpoints[hop], endpoints[hop + 1]))
+            for hop in range(HOPS - 1)
+        ]
+        for relay in relays:
+            relay.start()
+        last = CreditReceiver(endpoints[-1:], queue=1)
+        last.open()
+        first.wait_ready(_never)
+        for _ in range(frames):
+            began = time.monotonic_ns()
+            first.send(codec.encode(frame, Trace(began, {}), began), _never)
+            codec.decode(last.receive(_never) or [])
+            times_ms.append((time.monotonic_ns() - began) / 1e6)
+        first.end(frames)
+        last.receive(_never)
+        for relay in relays:
+            relay.join()
+        first.close()
+        last.close()
+    return times_ms
+
+
+def _relay(upstream: str, downstream: str) -> None:
+    """A node without stages: decodes, encodes and sends on."""
+    sender = CreditSender(downstream, receivers=1, queue=1)
+    receiver = CreditReceiver([upstream], queue=1)
+    sender.wait_ready(_never)
+    receiver.open()
+    while (parts := receiver.receive(_never)) is not None:
+        message, trace, sent_ns = codec.decode(parts)
+        sender.send(codec.encode(message, trace, sent_ns), _never)
+    sender.end(receiver.frames_in)
+    receiver.close()
+    sender.close()
+
+
+def _never() -> None:
+    """Nothing ends these waits but the message they wait for."""

@@ -1,0 +1,289 @@
+"""The `pipeline` command."""
+
+import contextlib
+import json
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pipeline.component import Source, component
+from pipeline.config import PipelineConfig, load_config
+from pipeline.errors import PipelineError, RunError
+from pipeline.summary import Summary, adds_up, print_accounting, print_summary, score
+
+app = typer.Typer(
+    help="Resolve closely-spaced infrared targets in real time.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML configuration.")]
+EngineOption = Annotated[
+    str | None, typer.Option("--engine", help="Name of a shipped engine, or path of a manifest.")
+]
+DEFAULT_ENDPOINT = "tcp://127.0.0.1:5556"
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line on standard error, never a traceback."""
+    logging.basicConfig(level=logging.CRITICAL)
+    try:
+        app()
+    except PipelineError as error:
+        print(f"pipeline: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command()
+def replay(
+    recording: Annotated[Path, typer.Argument(help="Recording or CSIST dataset (zarr), or video.")],
+    config: ConfigOption = None,
+    engine: EngineOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write each target message as a line of JSON.")
+    ] = None,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="A plain loop instead of processes over ZeroMQ.")
+    ] = False,
+    rate: Annotated[str, typer.Option(help="Frames a second, or `max`.")] = "max",
+    publish: Annotated[
+        str | None, typer.Option(help=f"Publish to others too, e.g. {DEFAULT_ENDPOINT}.")
+    ] = None,
+) -> None:
+    """Replay a recording: every frame, none dropped, and scored if it has truth."""
+    from pipeline.runtime import replay as run
+
+    source_settings = {**_file_source(recording), **_rate(rate)}
+    settings = load_config(config, source=source_settings, engine=engine, publish=publish)
+    console = Console()
+    with contextlib.ExitStack() as stack:
+        source = open_source(settings)
+        stack.callback(source.close)
+        lines = stack.enter_context(_open_output(out)) if out else None
+        summary = Summary()
+        messages = (run.in_process if in_process else run.over_zeromq)(settings, source)
+        stack.callback(messages.close)  # type: ignore[attr-defined]
+        progress = stack.enter_context(_progress())
+        task = progress.add_task("replay", total=source.length)
+        for message, _ in messages:
+            summary.add(message)
+            if message["schema"] == "irst.targets/1":
+                progress.advance(task)
+                if lines:
+                    lines.write(json.dumps(message) + "\n")
+        truth = source.truth
+    print_summary(console, summary, score(summary, truth) if truth is not None else None)
+    if not summary.balanced:
+        raise RunError("replay: the totals do not add up")
+    if summary.dropped:
+        raise RunError(f"replay: {len(summary.dropped)} frames could not be processed, see above")
+
+
+@app.command()
+def run(config: ConfigOption = None, engine: EngineOption = None) -> None:
+    """Run beside a sensor until Ctrl-C: publish targets, shed the oldest frames under overload."""
+    from pipeline.runtime.supervisor import Supervisor
+
+    settings = load_config(config, engine=engine, default_endpoint=DEFAULT_ENDPOINT)
+    source = open_source(settings)
+    sensor, shape = source.sensor, source.shape
+    source.close()
+    console = Console()
+    status = LiveStatus(console)
+    end = None
+    with Supervisor(settings, "live", sensor, shape) as supervisor:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda _number, _frame: supervisor.stop())
+        console.print(f"publishing {sensor.id} on {settings.publish.endpoint}; Ctrl-C ends it")
+        for message, _ in supervisor.messages():
+            status.add(message)
+            end = message
+    balanced = end is not None and end["schema"] == "irst.eos/1" and adds_up(end)
+    print_accounting(console, end if balanced else None, balanced=balanced)
+    if not balanced:
+        raise RunError("run: the stream did not end with totals that add up")
+
+
+class LiveStatus:
+    """One line a second: what went out, how old it was, what was lost."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._reset()
+
+    def _reset(self) -> None:
+        self._next = time.monotonic() + 1.0
+        self._frames, self._targets, self._lost, self._oldest_ns = 0, 0, 0, 0
+
+    def add(self, message: dict[str, Any]) -> None:
+        """Count a message and print when a second is over."""
+        if message["schema"] == "irst.targets/1":
+            self._frames += 1
+            self._targets += len(message["targets"]["id"])
+            self._oldest_ns = max(self._oldest_ns, message["age_ns"])
+        elif message["schema"] == "irst.gap/1":
+            self._lost += 1
+        if time.monotonic() >= self._next:
+            self._console.print(
+                f"{self._frames} frames/s, {self._targets} targets/s, "
+                f"oldest {self._oldest_ns / 1e6:.1f} ms, {self._lost} lost",
+                highlight=False,
+            )
+            self._reset()
+
+
+@app.command()
+def subscribe(
+    endpoint: Annotated[str, typer.Argument(help=f"E.g. {DEFAULT_ENDPOINT}.")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Every message as a line of JSON.")
+    ] = False,
+    count: Annotated[int | None, typer.Option(help="End after so many target messages.")] = None,
+) -> None:
+    """Print the targets a pipeline publishes, until its stream ends."""
+    from pipeline.client import subscribe as subscription
+    from pipeline.messages import WIRE_MODELS
+
+    schemas = tuple(WIRE_MODELS) if as_json else ("irst.targets/1",)
+    seen = 0
+    for message in subscription(endpoint, schemas=schemas):
+        if as_json:
+            print(json.dumps(message), flush=True)
+        else:
+            _print_targets(message)
+        seen += message["schema"] == "irst.targets/1"
+        if count is not None and seen >= count:
+            return
+
+
+def _print_targets(message: dict[str, Any]) -> None:
+    columns = message["targets"]
+    age_ms = message["age_ns"] / 1e6
+    title = f"frame {message['frame_seq']}  {message['sensor_id']}  age {age_ms:.1f} ms"
+    table = Table(title=title, title_justify="left")
+    for heading in ("id", "group", "x px", "y px", "± px", "intensity", "±", "p", "flags"):
+        table.add_column(heading, justify="right")
+    for row in range(len(columns["id"])):
+        xx, _, yy = columns["cov_px2"][row]
+        table.add_row(
+            str(columns["id"][row]),
+            str(columns["group"][row]),
+            f"{columns['x_px'][row]:.3f}",
+            f"{columns['y_px'][row]:.3f}",
+            f"{((xx + yy) / 2) ** 0.5:.3f}",
+            f"{columns['intensity'][row]:.0f}",
+            f"{columns['intensity_sigma'][row]:.0f}",
+            f"{columns['p_exist'][row]:.2f}",
+            " ".join(columns["flags"][row]),
+        )
+    Console().print(table)
+
+
+@app.command()
+def check(config: ConfigOption = None, engine: EngineOption = None) -> None:
+    """Check a configuration without running it, and print the flow it gives."""
+    from pipeline.runtime.flow import build_flow
+
+    settings = load_config(config, engine=engine, default_endpoint=DEFAULT_ENDPOINT)
+    source = open_source(settings)
+    build_flow(settings, settings.stage_names, source.sensor, source.shape).close()
+    source.close()
+    table = Table(title=f"{settings.source_kind} → {source.sensor}", title_justify="left")
+    for heading in ("node", "stages", "takes", "gives", "replicas", "queue", "budget ms"):
+        table.add_column(heading)
+    for node in settings.topology:
+        stages = " ".join(node.stages)
+        numbers = (str(node.replicas), str(node.queue), f"{node.budget_ms:g}")
+        table.add_row(node.name, stages, node.takes, node.gives, *numbers)
+    Console().print(table)
+    print(f"publishes on {settings.publish.endpoint}; config {settings.digest}; all well")
+
+
+@app.command()
+def bench(
+    frames: Annotated[int, typer.Option(min=20, help="Frames of each measurement.")] = 300,
+    engine: EngineOption = None,
+) -> None:
+    """Measure each stage and hop on this machine, beside the budgets."""
+    from pipeline.bench import run_bench
+
+    run_bench(frames, engine)
+
+
+@app.command()
+def show(
+    targets: Annotated[Path, typer.Argument(help="What replay wrote with --out.")],
+    count: Annotated[int, typer.Option(min=1, help="How many frames.")] = 5,
+) -> None:
+    """Print target messages from a file as tables."""
+    from pipeline.picture import read_messages
+
+    for message in list(read_messages(targets).values())[:count]:
+        _print_targets(message)
+
+
+@app.command()
+def picture(
+    recording: Annotated[Path, typer.Argument(help="The recording that was replayed.")],
+    targets: Annotated[Path, typer.Argument(help="What replay wrote with --out.")],
+    out: Annotated[Path, typer.Argument(help="PNG to write.")],
+    frame: Annotated[int | None, typer.Option(help="Its number; without, one with groups.")] = None,
+) -> None:
+    """Draw a frame with its groups, and one group enlarged with true and estimated positions."""
+    from pipeline.picture import draw
+
+    source = open_source(load_config(None, source=_file_source(recording)))
+    try:
+        number = draw(source, targets, out, frame)
+    finally:
+        source.close()
+    print(f"wrote {out}: frame {number}")
+
+
+def open_source(config: PipelineConfig) -> Source:
+    """The configured source; raises PipelineError if it cannot be opened."""
+    kind = component("source", config.source_kind)
+    source: Source = kind.build(config.source, config.sensor.overrides())
+    return source
+
+
+def _file_source(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise PipelineError(f"{path}: no such file; give a zarr recording, a dataset or a video")
+    return {"kind": "zarr_recording" if path.is_dir() else "video", "path": str(path)}
+
+
+def _rate(rate: str) -> dict[str, Any]:
+    if rate == "max":
+        return {}
+    try:
+        return {"rate_hz": float(rate)}
+    except ValueError:
+        raise PipelineError(
+            f"--rate must be a number of frames a second or max, got {rate}"
+        ) from None
+
+
+def _open_output(path: Path) -> Any:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise PipelineError(f"{path}: cannot write there ({error.strerror})") from error
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))

@@ -1,0 +1,69 @@
+"""What became of every frame: in = published + dropped, exactly."""
+
+from collections import Counter
+from typing import Any
+
+from pipeline.messages import Dropped, Trace
+
+
+class Account:
+    """Counts frames by outcome and tells which numbers never came."""
+
+    def __init__(self) -> None:
+        self.published = 0
+        self.dropped: Counter[tuple[str, str]] = Counter()
+        self._gap: list[int] = []
+
+    def publish(self) -> list[int]:
+        """Count a published frame; returns the numbers lost since the one before it."""
+        self.published += 1
+        gap, self._gap = self._gap, []
+        return gap
+
+    def drop(self, lost: Dropped) -> None:
+        """Count a lost frame."""
+        self.dropped[lost.stage, lost.reason] += 1
+        self._gap.append(lost.seq)
+
+    @property
+    def total(self) -> int:
+        """Frames accounted for."""
+        return self.published + sum(self.dropped.values())
+
+    def end_message(self, sensor_id: str, frames_in: int) -> dict[str, Any]:
+        """The totals as `irst.eos/1`."""
+        return {
+            "schema": "irst.eos/1",
+            "sensor_id": sensor_id,
+            "frames_in": frames_in,
+            "published": self.published,
+            "dropped": [
+                {"stage": stage, "reason": reason, "frames": frames}
+                for (stage, reason), frames in sorted(self.dropped.items())
+            ],
+        }
+
+
+class Reorder:
+    """Gives reports and `Dropped` back in the order of their frame numbers, counting from 0."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, tuple[Any, Trace]] = {}
+        self._next = 0
+
+    def push(self, message: Any, trace: Trace) -> list[tuple[Any, Trace]]:
+        """Take one in; returns those whose turn has come."""
+        seq = message.seq if isinstance(message, Dropped) else message.info.seq
+        self._waiting[seq] = message, trace
+        ready = []
+        while self._next in self._waiting:
+            ready.append(self._waiting.pop(self._next))
+            self._next += 1
+        return ready
+
+    def finish(self, frames_in: int) -> list[tuple[Any, Trace]]:
+        """What is left, in order, with a `Dropped` for every number that never came."""
+        return [
+            self._waiting.pop(seq, (Dropped(seq, "transport", "never arrived"), Trace(0, {})))
+            for seq in range(self._next, frames_in)
+        ]

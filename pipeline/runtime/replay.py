@@ -1,0 +1,46 @@
+"""Replay: every frame of a source through the flow, nothing dropped."""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.component import Source
+from pipeline.config import PipelineConfig
+from pipeline.messages import Trace, Wire, check_wire
+from pipeline.runtime.flow import build_flow
+from pipeline.runtime.output import Output
+from pipeline.runtime.supervisor import Supervisor
+
+Messages = Iterator[tuple[dict[str, Any], Wire]]
+
+
+def over_zeromq(config: PipelineConfig, source: Source) -> Messages:
+    """Messages of a run in processes; the front node opens the source anew."""
+    with Supervisor(config, "replay", source.sensor, source.shape) as supervisor:
+        yield from supervisor.messages()
+
+
+def in_process(config: PipelineConfig, source: Source) -> Messages:
+    """The same messages from a plain loop over the same table."""
+    waiting: deque[dict[str, Any]] = deque()
+    flow = build_flow(config, config.stage_names, source.sensor, source.shape)
+    heartbeat_s = config.publish.heartbeat_s
+    output = Output(waiting.append, source.sensor.id, config.digest, heartbeat_s)
+    frames_in = 0
+    try:
+        output.start()
+        for frame in source.frames():
+            frames_in += 1
+            output.put(*flow.process(frame, Trace(time.monotonic_ns(), {})))
+            yield from _drain(waiting)
+        output.end(frames_in)
+        yield from _drain(waiting)
+    finally:
+        flow.close()
+
+
+def _drain(waiting: deque[dict[str, Any]]) -> Messages:
+    while waiting:
+        message = waiting.popleft()
+        yield message, check_wire(message)

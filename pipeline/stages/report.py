@@ -1,0 +1,109 @@
+"""Unmixed targets → what is published: significance, a first covariance, counts, flags.
+
+The covariance is the Cramér-Rao bound of the whole group at the estimate, local background
+unknown, plus the variance of a uniform error over the grid cell, cell²/12 along each axis: a
+network that answers in cells knows a position no better than that.
+"""
+
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from scipy.special import ndtr
+
+from pipeline.component import Context, Settings, Stage
+from pipeline.messages import MAX_COUNT, TargetReport, Unmixed
+from pipeline.physics.bounds import cramer_rao, fisher_information
+from pipeline.physics.sensor import Sensor
+
+Vector = NDArray[np.float64]
+
+
+class Report(Stage[Unmixed, TargetReport]):
+    """Judges each target by the imaging model."""
+
+    class Config(Settings):
+        """min_snr: a target whose matched-filter SNR, its fellows known, is lower is left out."""
+
+        min_snr: float = Field(4.0, ge=0.0)
+
+    def __init__(self, config: Config, sensor: Sensor) -> None:
+        self._config, self._sensor = config, sensor
+
+    @classmethod
+    def build(cls, config: Config, context: Context) -> Self:
+        """Needs the sensor's imaging model only."""
+        return cls(config, context.sensor)
+
+    def process(self, message: Unmixed) -> TargetReport:
+        """All targets of the frame that are significant, with what is known of each."""
+        patches = message.patches
+        snr, cov_px2, intensity_sigma = self._information(message)
+        keep = snr >= self._config.min_snr
+        group = patches.group[message.patch[keep]]
+        intensity, sigma = message.intensity[keep], intensity_sigma[keep]
+        p_exist = ndtr(intensity / sigma)
+        return TargetReport(
+            info=message.info,
+            engine=message.engine,
+            source=message.source,
+            group=group,
+            xy_px=message.xy_px[keep],
+            cov_px2=cov_px2[keep],
+            intensity=intensity,
+            intensity_sigma=sigma,
+            p_exist=p_exist,
+            snr=snr[keep],
+            flags=patches.flags[group],
+            bbox_px=patches.bbox_px,
+            count_posterior=count_posterior(group, p_exist, len(patches.bbox_px)),
+            group_flags=patches.flags,
+        )
+
+    def _information(self, message: Unmixed) -> tuple[Vector, Vector, Vector]:
+        """SNR (M,), covariance (M, 3) px², intensity sigma (M,): groups of one size at a time."""
+        patches = message.patches
+        local = message.xy_px - patches.origin_px[message.patch]
+        number = len(message.patch)
+        snr, sigma, cov = np.zeros(number), np.zeros(number), np.zeros((number, 3))
+        shape = patches.counts_BHW.shape[1:]
+        middle = patches.background_BHW.mean(axis=(1, 2), dtype=np.float64)
+        sizes = np.bincount(message.patch, minlength=len(patches.group))
+        for size in np.unique(sizes[sizes > 0]):
+            # Targets come in the order of their patches, so a group's are neighbours.
+            rows = np.flatnonzero(sizes[message.patch] == size).reshape(-1, size)
+            information = fisher_information(
+                local[rows],
+                message.intensity[rows],
+                middle[message.patch[rows[:, 0]]],
+                shape,
+                self._sensor,
+                with_background=True,
+            )
+            bound = cramer_rao(information)
+            of = np.arange(size) * 3
+            per_count = information[:, of + 2, of + 2]
+            snr[rows] = message.intensity[rows] * np.sqrt(per_count)
+            sigma[rows] = np.sqrt(bound[:, of + 2, of + 2])
+            cell = message.cell_px**2 / 12.0
+            cov[rows] = np.stack(
+                [bound[:, of, of] + cell, bound[:, of, of + 1], bound[:, of + 1, of + 1] + cell],
+                axis=-1,
+            )
+        return snr, cov, sigma
+
+
+def count_posterior(group: NDArray[np.int32], p_exist: Vector, groups: int) -> Vector:
+    """Probability (N, 6) of 0, 1, …, 4 and 5 or more targets in each group.
+
+    Targets taken as independent, each real with its own probability (Poisson-binomial).
+    """
+    posterior = np.zeros((groups, MAX_COUNT + 1))
+    posterior[:, 0] = 1.0
+    for row, p in zip(group, p_exist, strict=True):
+        before = posterior[row].copy()
+        posterior[row, 1:] = before[1:] * (1.0 - p) + before[:-1] * p
+        posterior[row, 0] = before[0] * (1.0 - p)
+        posterior[row, -1] += before[-1] * p
+    return np.clip(posterior, 0.0, 1.0)

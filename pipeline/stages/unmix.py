@@ -1,0 +1,56 @@
+"""Patches → targets: counts to network units, the engine, and the peaks of its maps."""
+
+from typing import Self
+
+import numpy as np
+from pydantic import Field
+
+from engines.base import Engine
+from engines.loader import load
+from engines.scaling import network_unit
+from pipeline.component import Context, Settings, Stage
+from pipeline.messages import Patches, Unmixed
+from pipeline.physics.grid import local_maxima
+from pipeline.physics.sensor import Sensor
+
+
+class Unmix(Stage[Patches, Unmixed]):
+    """Runs all patches of a frame through the engine as one batch."""
+
+    class Config(Settings):
+        """threshold: in network units, None = the engine's own; separate: see `local_maxima`."""
+
+        threshold: float | None = Field(None, gt=0.0)
+        separate: float = Field(0.5, gt=0.0, le=1.0)
+
+    def __init__(self, config: Config, sensor: Sensor, engine: Engine) -> None:
+        self._config, self._sensor, self._engine = config, sensor, engine
+        manifest = engine.manifest
+        self._threshold = config.threshold or manifest.detection_threshold
+
+    @classmethod
+    def build(cls, config: Config, context: Context) -> Self:
+        """Load the engine the context names; raises EngineError if it does not fit the sensor."""
+        return cls(config, context.sensor, load(context.engine, context.sensor))
+
+    def process(self, message: Patches) -> Unmixed:
+        """Positions in frame coordinates, in the order of the patches; bad pixels are filled."""
+        manifest = self._engine.manifest
+        signal = np.where(message.usable_BHW, message.counts_BHW - message.background_BHW, 0.0)
+        signal = signal.astype(np.float32)
+        unit = network_unit(signal, manifest.scaling, self._sensor.full_scale)
+        maps = self._engine.infer(signal / unit[:, None, None])
+        peaks = local_maxima(maps, manifest.c, self._threshold, separate=self._config.separate)
+        return Unmixed(
+            patches=message,
+            patch=peaks.image.astype(np.int32),
+            xy_px=peaks.xy_px + message.origin_px[peaks.image],
+            intensity=peaks.intensity * unit[peaks.image],
+            cell_px=1.0 / manifest.c,
+            engine=manifest.onnx_sha256[:12],
+            source=manifest.name,
+        )
+
+    def close(self) -> None:
+        """Release the engine."""
+        self._engine.close()

@@ -1,0 +1,35 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.messages import Dropped, EndMessage, Trace
+from pipeline.runtime.account import Account, Reorder
+
+TRACE = Trace(0, {})
+
+
+@given(st.permutations(range(12)), st.sets(st.integers(0, 11)))
+def test_whatever_the_order_of_arrival_each_frame_comes_out_once_in_order(order, lost):
+    reorder = Reorder()
+    out = []
+    for seq in order:
+        if seq not in lost:
+            out += reorder.push(Dropped(seq, "detect", "test"), TRACE)
+    out += reorder.finish(12)
+    assert [message.seq for message, _ in out] == list(range(12))
+    assert {m.seq for m, _ in out if m.stage == "transport"} == lost
+
+
+@given(st.lists(st.sampled_from(["publish", "shed", "failed"]), max_size=40))
+def test_totals_always_add_up_and_gaps_name_each_lost_frame_once(outcomes):
+    account = Account()
+    gaps = []
+    for seq, outcome in enumerate(outcomes):
+        if outcome == "publish":
+            gaps += account.publish()
+        else:
+            account.drop(Dropped(seq, "source", outcome))
+    end = EndMessage.model_validate(account.end_message("roof", len(outcomes)))
+    assert end.published + sum(entry.frames for entry in end.dropped) == len(outcomes)
+    lost = [seq for seq, outcome in enumerate(outcomes) if outcome != "publish"]
+    published = [seq for seq, outcome in enumerate(outcomes) if outcome == "publish"]
+    assert gaps == [seq for seq in lost if published and seq < published[-1]]

@@ -1,0 +1,143 @@
+import dataclasses
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from pipeline.messages import Dropped, Frame, FrameInfo, Patches, Tiling, Trace, Unmixed
+from pipeline.transport.codec import CodecError, decode, encode, unpack_wire
+
+TRACE = Trace(123, {"detect": 45})
+INFO = FrameInfo(7, "roof", -5, "utc", (32, 48), ("compressed",), Tiling(11, 16))
+
+
+def patches(batch: int = 3) -> Patches:
+    rng = np.random.default_rng(1)
+    return Patches(
+        info=INFO,
+        counts_BHW=rng.random((batch, 11, 11), dtype=np.float32),
+        background_BHW=rng.random((batch, 11, 11), dtype=np.float32),
+        usable_BHW=rng.random((batch, 11, 11)) < 0.9,
+        origin_px=rng.integers(0, 9, (batch, 2), dtype=np.int32),
+        group=np.arange(batch, dtype=np.int32),
+        bbox_px=rng.integers(0, 9, (batch, 4), dtype=np.int32),
+        snr=rng.random(batch, dtype=np.float32),
+        flags=np.zeros(batch, dtype=np.uint16),
+    )
+
+
+def unmixed() -> Unmixed:
+    return Unmixed(
+        patches=patches(),
+        patch=np.array([0, 2], dtype=np.int32),
+        xy_px=np.array([[1.5, 2.5], [3.0, 4.0]]),
+        intensity=np.array([10.0, 20.0]),
+        cell_px=1 / 3,
+        engine="abc",
+        source="net",
+    )
+
+
+def same(left, right) -> bool:
+    if isinstance(left, np.ndarray):
+        return left.dtype == right.dtype and np.array_equal(left, right)
+    if dataclasses.is_dataclass(left):
+        names = [field.name for field in dataclasses.fields(left)]
+        return type(left) is type(right) and all(
+            same(getattr(left, name), getattr(right, name)) for name in names
+        )
+    return type(left) is type(right) and left == right
+
+
+@pytest.mark.parametrize("message", [patches(), patches(0), unmixed(), Dropped(4, "crop", "why")])
+def test_round_trip_keeps_every_value_and_type(message):
+    parts = [bytes(part) for part in encode(message, TRACE, sent_ns=99)]
+    decoded, trace, sent_ns = decode(parts)
+    assert same(decoded, message)
+    assert (trace, sent_ns) == (TRACE, 99)
+
+
+@given(
+    hnp.arrays(
+        st.sampled_from([np.uint8, np.uint16]), hnp.array_shapes(min_dims=2, max_dims=2, min_side=0)
+    )
+)
+def test_pixels_travel_as_a_part_of_their_own(pixels):
+    parts = encode(Frame(INFO, pixels), TRACE, 0)
+    assert len(parts) == 2
+    assert memoryview(parts[1]).nbytes == pixels.nbytes
+    assert len(parts[0]) < 400
+    assert same(decode(parts)[0].pixels_HW, pixels)
+
+
+@given(st.lists(st.binary(max_size=200), max_size=4))
+def test_any_bytes_are_a_message_or_a_codec_error(parts):
+    with pytest.raises(CodecError):
+        decode(parts)
+
+
+def altered(**changes):
+    parts = encode(patches(), TRACE, 0)
+    header = msgpack.unpackb(parts[0])
+    for path, value in changes.items():
+        *keys, last = path.split("__")
+        place = header
+        for key in keys:
+            place = place[int(key) if key.isdigit() else key]
+        if isinstance(place, list):
+            place[int(last)] = value
+        elif value is KeyError:
+            del place[last]
+        else:
+            place[last] = value
+    return [msgpack.packb(header), *parts[1:]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"type": "Gift"}, "Gift"),
+        ({"type": 3}, "type"),
+        ({"fields__info__seq": "7"}, "Patches.info.seq"),
+        ({"fields__info__seq": KeyError}, "Patches.info"),
+        ({"fields__extra": 1}, "Patches"),
+        ({"fields__info__shape": [1, 2, 3]}, "Patches.info.shape"),
+        ({"fields__info__tiling__size_px": 1.5}, "tiling.size_px"),
+        ({"fields__counts_BHW": 3}, "counts_BHW"),
+        ({"arrays__0__0": "object"}, "object"),
+        ({"arrays__0__0": "float64"}, "array 0"),
+        ({"arrays__0__1": [3, 11, 12]}, "array 0"),
+        ({"arrays__0__1": [-3, 11, 11]}, "shape"),
+        ({"arrays__0__1": [1 << 24, 1 << 24, 1 << 24, 1 << 24]}, "array 0"),
+        ({"arrays": []}, "arrays"),
+        ({"stage_ns": {"detect": "slow"}}, "stage_ns"),
+        ({"sent_ns": None}, "sent_ns"),
+        ({"surprise": 1}, "header"),
+    ],
+)
+def test_what_does_not_fit_is_named(changes, names):
+    with pytest.raises(CodecError, match=names):
+        decode(altered(**changes))
+
+
+def test_array_of_another_type_than_declared_is_refused():
+    message = dataclasses.replace(patches(), snr=np.zeros(3, dtype=np.float64))
+    with pytest.raises(CodecError, match="snr: dtype must be float32"):
+        decode(encode(message, TRACE, 0))
+
+
+def test_left_over_arrays_are_refused():
+    parts = encode(patches(), TRACE, 0)
+    header = msgpack.unpackb(parts[0])
+    header["arrays"].append(["uint8", [1]])
+    with pytest.raises(CodecError, match="more than Patches has"):
+        decode([msgpack.packb(header), *parts[1:], b"x"])
+
+
+@pytest.mark.parametrize("part", [b"", b"\xc1", msgpack.packb([1]), msgpack.packb({1: 2})])
+def test_wire_messages_must_be_maps_with_names(part):
+    with pytest.raises(CodecError):
+        unpack_wire(part)

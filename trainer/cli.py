@@ -1,0 +1,200 @@
+"""The `trainer` command."""
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from engines.errors import EngineError
+from pipeline.errors import PipelineError
+from trainer.errors import TrainerError
+
+app = typer.Typer(
+    help="Make the engines the pipeline runs: draw data, train, evaluate, export.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+NetworkArgument = Annotated[str, typer.Argument(help="A file of trainer/networks.")]
+UsageError = typer.BadParameter.__base__ or Exception
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line on standard error, never a traceback."""
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except (TrainerError, EngineError, PipelineError) as error:
+        _fail(str(error), error.exit_code)
+    except UsageError as error:
+        _fail(_usage(error), 2)
+    except OSError as error:
+        _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+
+
+def _fail(message: str, exit_code: int) -> None:
+    print(f"trainer: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
+@app.command()
+def generate(
+    out: Annotated[Path, typer.Argument(help="Zarr group to write; must not exist.")],
+    profile: Annotated[str, typer.Option(help="csist-100k, interior, field, or scene.")],
+    count: Annotated[int, typer.Option(min=1, help="Patches; for a scene, frames.")],
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same data.")] = 0,
+) -> None:
+    """Draw a dataset of patches, or a recording of a scene, with its truth.
+
+    A scene has bad pixels; they are marked in a PNG beside the recording.
+    """
+    from trainer import generate as drawing
+
+    with _progress() as progress:
+        task = progress.add_task(f"{profile}, seed {seed}", total=count)
+        drawing.generate(
+            profile, count, seed, out, lambda done: progress.update(task, completed=done)
+        )
+    print(f"wrote {out}")
+    if profile == drawing.SCENE:
+        print(f"wrote {drawing.bad_pixels_path(out)}")
+
+
+@app.command()
+def fit(
+    network: NetworkArgument,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML fields of the run; without, the defaults.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run [default: runs/NETWORK].")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Patches to draw in all.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of weights and data.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+) -> None:
+    """Train a network on data drawn as it trains.
+
+    The folder keeps checkpoint.pt, log.jsonl and loss.png. The same command goes on where an
+    interrupted one stopped.
+    """
+    _need_torch()
+    from trainer.fit import fit as run_fit
+    from trainer.fit_config import read_fit_config
+
+    folder = out or Path("runs") / network
+    run = read_fit_config(config, network, samples=samples, seed=seed)
+    record = run_fit(run, folder, device)
+    print(
+        f"{folder}: {record['samples']} samples, loss {record['loss']:.2e}, "
+        f"CSO-mAP {record['cso_map']:.4f}; next: trainer export {network} --run {folder}"
+    )
+
+
+@app.command()
+def evaluate(
+    dataset: Annotated[Path, typer.Option(help="CSIST dataset (zarr) to score on.")],
+    network: Annotated[
+        str | None, typer.Option(help="A file of trainer/networks, run in torch.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="NAME.pt of `trainer export`; without, the shipped one.")
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="default, a shipped engine, or a path of a .json or .onnx.")
+    ] = None,
+    refine: Annotated[bool, typer.Option(help="Refine positions off the grid.")] = False,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here as JSON.")
+    ] = None,
+) -> None:
+    """Score a network or an engine: CSO-mAP, counts, positions against the Cramér-Rao bound."""
+    if (network is None) == (engine is None):
+        raise TrainerError("evaluate: give either --network NAME or --engine NAME")
+    if weights is not None and network is None:
+        raise TrainerError("--weights: belongs to a network; give --network NAME with it")
+    if refine:
+        raise TrainerError("--refine: there is no refinement stage yet; use --no-refine")
+    from engines.loader import load
+    from pipeline.formats.csist import read_csist
+    from trainer import evaluate as scoring
+
+    if json_out is not None:
+        _make_folder(json_out.parent)
+    data = read_csist(dataset)
+    if engine is not None:
+        loaded = load(engine, data.sensor)
+    else:
+        _need_torch()
+        from trainer.trained import load_trained
+
+        loaded = load_trained(str(network), weights, data.sensor)
+    with loaded, _progress() as progress:
+        task = progress.add_task(loaded.manifest.name, total=len(data))
+        figures = scoring.evaluate(data, loaded, lambda done: progress.update(task, completed=done))
+    scoring.print_figures(figures, Console())
+    if json_out is not None:
+        json_out.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
+
+
+@app.command()
+def export(
+    network: NetworkArgument,
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of the run [default: runs/NETWORK].")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("."),
+    name: Annotated[str | None, typer.Option(help="Of the engine [default: NETWORK].")] = None,
+) -> None:
+    """Turn a trained run into an engine: NAME.onnx, its manifest NAME.json, its weights NAME.pt.
+
+    The engine is compared with torch first; one that differs is not written.
+    """
+    _need_torch()
+    from trainer.export import export as write_engine
+    from trainer.fit import CHECKPOINT
+
+    checkpoint = (run or Path("runs") / network) / CHECKPOINT
+    _make_folder(out)
+    manifest, difference = write_engine(network, checkpoint, out, name or network)
+    print(
+        f"wrote {out / manifest.name}.onnx, .json and .pt: {manifest.parameters} parameters, "
+        f"at most {difference:.1e} from torch"
+    )
+
+
+def _need_torch() -> None:
+    missing = [name for name in ("torch", "onnx", "onnxscript", "matplotlib") if not _found(name)]
+    if missing:
+        raise TrainerError(
+            f'needs {", ".join(missing)}, not installed: pip install "irst-pipeline[train]"'
+        )
+
+
+def _found(library: str) -> bool:
+    return find_spec(library) is not None
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainerError(f"{path}: cannot write there ({error.strerror})") from error
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+
+
+def _usage(error: Exception) -> str:
+    """What is wrong with the command line, without the usage text around it."""
+    message: str = error.format_message() if hasattr(error, "format_message") else str(error)
+    return f"{message} (see --help)"

@@ -1,0 +1,90 @@
+"""What decides the result of a training run, and its YAML file."""
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from engines.errors import first_fault
+from engines.scaling import Scaling
+from trainer.errors import TrainerError
+
+VALIDATION_SEED = 900_001
+DETECTION_THRESHOLD = 50 / 255
+"""Network units; the literature's 50 of 255."""
+
+
+class FitConfig(BaseModel):
+    """One training run; everything that decides its result."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    network: str = "dista_net"
+    settings: dict[str, Any] = Field(default_factory=dict, description="the network's own Config")
+    profile: str = "csist-100k"
+    scaling: Scaling = "full_scale"
+    seed: int = Field(1, ge=0, lt=VALIDATION_SEED)
+    samples: int = Field(1_000_000, gt=0, description="patches drawn in the whole run")
+    crowded_share: float = Field(
+        0.0, ge=0.0, le=1.0, description="share of the run on crowded patches"
+    )
+    batch: int = Field(64, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup: float = Field(0.02, ge=0.0, lt=1.0, description="share of the run with rising rate")
+    ema_decay: float = Field(0.999, ge=0.0, lt=1.0)
+    clip_norm: float = Field(1.0, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    validate_every: int = Field(500, gt=0, description="steps")
+    validate_samples: int = Field(1000, gt=0)
+    initial_weights: str | None = Field(
+        None, description="checkpoint.pt of another run whose averaged weights to start from"
+    )
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps in the whole run."""
+        return math.ceil(self.samples / self.batch)
+
+    def rate(self, step: int) -> float:
+        """Learning rate as a share of the peak: linear warm-up, then a cosine to zero."""
+        warm = max(1, round(self.warmup * self.steps))
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+
+
+def fit_config(fields: dict[str, Any], where: str) -> FitConfig:
+    """Check the fields of a run; raises TrainerError naming `where` and the field."""
+    try:
+        return FitConfig.model_validate(fields)
+    except ValidationError as error:
+        known = ", ".join(FitConfig.model_fields)
+        raise TrainerError(f"{where}: {first_fault(error)}; known: {known}") from error
+
+
+def read_fit_config(path: Path | None, network: str, **overrides: int | None) -> FitConfig:
+    """The run of `network`: what the YAML file says (nothing: the defaults), then `overrides`.
+
+    Overrides that are None say nothing. Raises TrainerError naming file and field.
+    """
+    fields = _read_yaml(path) if path else {}
+    if fields.setdefault("network", network) != network:
+        raise TrainerError(
+            f"{path}: network: is for `{fields['network']}`; run `trainer fit {fields['network']}`"
+        )
+    fields.update({name: value for name, value in overrides.items() if value is not None})
+    return fit_config(fields, str(path or "fit"))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TrainerError(f"{path}: cannot read the configuration ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TrainerError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict | None):
+        raise TrainerError(f"{path}: the configuration must be a map of fields")
+    return data or {}

@@ -1,0 +1,60 @@
+"""Datasets of patches and recordings of scenes, drawn from a seed; needs no torch."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from pipeline.formats.csist import write_csist
+from pipeline.formats.recording import RecordingWriter
+from pipeline.physics.groups import PROFILES
+from pipeline.physics.scene import Scene, SceneSettings
+from trainer.errors import TrainerError
+
+SCENE = "scene"
+FRAME_INTERVAL_NS = 10_000_000
+"""A scene is recorded at 100 Hz; its clock starts at 0."""
+
+
+def available_profiles() -> list[str]:
+    """The benchmark's profiles of patches, and whole scenes."""
+    return [*PROFILES, SCENE]
+
+
+def generate(
+    profile: str, count: int, seed: int, out: Path, progress: Callable[[int], None]
+) -> None:
+    """Write `count` patches of a profile, or frames of a scene, to the zarr group `out`.
+
+    progress: called with the number written. Raises TrainerError or PipelineError.
+    """
+    if profile == SCENE:
+        write_scene(out, count, seed, progress)
+    elif profile in PROFILES:
+        write_csist(out, PROFILES[profile], count, seed, progress)
+    else:
+        raise TrainerError(f"--profile: no `{profile}`; use {', '.join(available_profiles())}")
+
+
+def write_scene(out: Path, frames: int, seed: int, progress: Callable[[int], None]) -> None:
+    """Record a scene with its truth, and its bad pixels as `bad_pixels_path(out)`."""
+    settings = SceneSettings(seed=seed)
+    scene = Scene(settings)
+    with RecordingWriter(out, (settings.height, settings.width), settings.sensor) as writer:
+        for index in range(frames):
+            frame = scene.frame(index)
+            writer.append(
+                frame.pixels_HW,
+                index * FRAME_INTERVAL_NS,
+                xy_px=frame.xy_px,
+                target_id=frame.target_id,
+                intensity=frame.intensity,
+            )
+            progress(index + 1)
+    cv2.imwrite(str(bad_pixels_path(out)), scene.bad_pixels_HW.astype(np.uint8) * 255)
+
+
+def bad_pixels_path(recording: Path) -> Path:
+    """Beside `NAME.zarr`: NAME.bad_pixels.png, for `sensor: {bad_pixels: …}` in a config."""
+    return recording.with_suffix(".bad_pixels.png")

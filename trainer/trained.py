@@ -1,0 +1,114 @@
+"""Trained weights: the file `trainer export` writes, and the network in torch as an engine.
+
+A weights file holds the engine's manifest and the network's state dict in float32; it is read
+without running any code. The shipped ones are in trainer/weights.
+"""
+
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from engines.base import Engine, Maps, Patches
+from engines.errors import first_fault
+from engines.loader import most_specific
+from engines.manifest import Manifest, SensorLike
+from trainer import registry
+from trainer.errors import TrainerError
+from trainer.network import UnmixingNetwork
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+class TrainedNetwork(Engine):
+    """The network itself, in torch float32 on the CPU: the reference for every backend."""
+
+    def __init__(self, manifest: Manifest, network: UnmixingNetwork) -> None:
+        super().__init__(manifest)
+        self._network = network.eval()
+
+    def _infer_into(self, map_BHW: Maps, patch_BHW: Patches) -> None:
+        with torch.no_grad():
+            torch.from_numpy(map_BHW).copy_(self._network(torch.from_numpy(patch_BHW)))
+
+    def close(self) -> None:
+        """Nothing is held that needs releasing."""
+
+
+def load_trained(
+    network: str, weights: Path | None, sensor: SensorLike, shipped: Path = WEIGHTS
+) -> TrainedNetwork:
+    """The network with weights from a file, or the shipped ones that fit the sensor best.
+
+    Raises TrainerError if there are none, or they are of another network or for another sensor.
+    """
+    registry.network_class(network)
+    paths = [weights] if weights is not None else sorted(shipped.glob("*.pt"))
+    read = {str(path): read_weights(path) for path in paths}
+    own = {place: found for place, found in read.items() if found[0].network == network}
+    if weights is not None and not own:
+        other = read[str(weights)][0].network
+        raise TrainerError(f"{weights}: weights of `{other}`; use --network {other}")
+    fitting = [(place, m) for place, (m, _) in own.items() if not m.fits(sensor)]
+    if not fitting:
+        reasons = [f"{Path(place).name} is {m.fits(sensor)[0]}" for place, (m, _) in own.items()]
+        raise TrainerError(
+            f"network {network}: no weights for this sensor ({'; '.join(reasons) or 'none shipped'}"
+            "); train it, `trainer export` it and name its file with --weights"
+        )
+    manifest, state = own[most_specific(fitting)]
+    return TrainedNetwork(manifest, with_weights(network, manifest.settings, state))
+
+
+def with_weights(
+    network: str, settings: dict[str, Any], state: dict[str, Tensor]
+) -> UnmixingNetwork:
+    """A network holding these weights; raises TrainerError if they are not its own."""
+    built = registry.build(network, settings)
+    try:
+        built.load_state_dict(state)
+    except RuntimeError as error:
+        raise TrainerError(
+            f"network {network}: the weights do not fit its settings; export them again"
+        ) from error
+    return built
+
+
+def write_weights(path: Path, manifest: Manifest, state: dict[str, Tensor]) -> None:
+    """Write a weights file."""
+    torch.save({"manifest": manifest.model_dump(mode="json"), "weights": state}, path)
+
+
+def read_weights(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
+    """Read and check a weights file; raises TrainerError if it is not one, or not whole."""
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise TrainerError(f"{path}: no such weights; `trainer export` writes them") from error
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise TrainerError(
+            f"{path}: not readable weights, truncated perhaps; copy or export them again"
+        ) from error
+    if not isinstance(data, dict) or data.keys() != {"manifest", "weights"}:
+        raise TrainerError(f"{path}: not a weights file; make one of a run with `trainer export`")
+    try:
+        manifest = Manifest.model_validate(data["manifest"])
+    except ValidationError as error:
+        raise TrainerError(f"{path}: manifest: {first_fault(error)}; export it again") from error
+    if weights_sha256(data["weights"]) != manifest.weights_sha256:
+        raise TrainerError(f"{path}: the weights were altered; copy or export them again")
+    return manifest, data["weights"]
+
+
+def weights_sha256(state: dict[str, Tensor]) -> str:
+    """Hash over names, shapes and values, whatever the file looks like."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        values = state[name].detach().cpu().float().contiguous()
+        digest.update(f"{name}{tuple(values.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
