@@ -1,0 +1,24 @@
+"""Subscribe to a pipeline without installing it: pyzmq and msgpack are enough.
+
+    python examples/subscribe.py tcp://127.0.0.1:5556
+"""
+
+import sys
+
+import msgpack
+import zmq
+
+socket = zmq.Context().socket(zmq.SUB)
+socket.connect(sys.argv[1])
+socket.setsockopt(zmq.SUBSCRIBE, b"targets.")
+while True:
+    topic, body = socket.recv_multipart()
+    message = msgpack.unpackb(body)
+    if message["schema"] == "irst.eos/1":
+        break
+    if message["schema"] == "irst.targets/1":
+        targets = message["targets"]
+        for x_px, y_px, intensity in zip(
+            targets["x_px"], targets["y_px"], targets["intensity"], strict=True
+        ):
+            print(message["frame_seq"], f"{x_px:.3f} {y_px:.3f} {intensity:.0f}")
