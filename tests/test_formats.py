@@ -289,6 +289,16 @@ def test_a_failed_recording_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_path_taken_meanwhile_is_left_alone(tmp_path):
+    writer = RecordingWriter(tmp_path / "r.zarr", (13, 17), SENSOR)
+    writer.append(numbered_frame(0), 5)
+    (tmp_path / "r.zarr").write_text("mine")
+    with pytest.raises(PipelineError, match="exists already"):
+        writer.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["r.zarr"]
+    assert (tmp_path / "r.zarr").read_text() == "mine"
+
+
 def test_frames_are_read_only_when_asked_for(recording):
     (recording / "frame" / "c" / "2" / "0" / "0").write_bytes(b"not a chunk")
     found = open_recording(recording)

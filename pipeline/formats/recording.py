@@ -201,6 +201,9 @@ class RecordingWriter:
             self._new.commit()
         except OSError as error:
             self._new.fail(error)
+        except BaseException:
+            self._new.discard()
+            raise
 
     def discard(self) -> None:
         """Remove what was written."""

@@ -16,7 +16,7 @@ def plane_background(
 
     patch_BHW counts; centre_xy_px (B, 2) of the blob in patch coordinates; usable_BHW bool, False
     for bad pixels. Pixels farther than GUARD_PX from the centre along either axis are fitted by
-    least squares, those off by more than 2.5 sigma (a neighbouring target) dropped, five times over:
+    least squares, those off by more than 2.5 sigma (a neighbouring target) dropped, five times:
     with two bright neighbours it takes that many until no more are dropped.
     → plane (B, H, W) counts, rms residual (B,) counts. A patch with fewer than 8 such pixels
     gets the mean of its usable pixels.

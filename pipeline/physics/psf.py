@@ -28,7 +28,11 @@ def _edges(position_px: Array, size: int, sigma_px: Array | float) -> tuple[Arra
     """Scaled distances (edge − x)/σ of the size + 1 pixel edges, and σ with room to broadcast."""
     xp = array_namespace(position_px)
     edge_px = xp.arange(size + 1, dtype=position_px.dtype, device=device(position_px)) - 0.5
-    sigma = xp.asarray(sigma_px, dtype=position_px.dtype, device=device(position_px))[..., None]
+    if isinstance(sigma_px, type(position_px)):  # asarray would be loud about autograd
+        sigma = xp.astype(sigma_px, position_px.dtype, copy=False)
+    else:
+        sigma = xp.asarray(sigma_px, dtype=position_px.dtype, device=device(position_px))
+    sigma = sigma[..., None]
     return (edge_px - position_px[..., None]) / sigma, sigma
 
 

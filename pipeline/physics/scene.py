@@ -33,7 +33,7 @@ from pipeline.physics.sensor import Sensor
 
 ATTEMPTS = 2000
 CLOUD_SLOPE = 3.2
-GROUND_SLOPE = 2.2
+GROUND_SLOPE = 2.6
 CLOUDS, EPISODE, NOISE, BAD = range(4)  # streams of random numbers under one seed
 
 

@@ -73,5 +73,5 @@ def build_flow(
             (name, component("stage", name).build(config.stages[name], context)) for name in names
         ]
     except EngineError as error:
-        raise PipelineError(f"engine: {error}") from error
+        raise PipelineError(str(error)) from error
     return Flow(stages, clock)

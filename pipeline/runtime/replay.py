@@ -30,6 +30,7 @@ def in_process(config: PipelineConfig, source: Source) -> Messages:
     frames_in = 0
     try:
         output.start()
+        yield from _drain(waiting)
         for frame in source.frames():
             frames_in += 1
             output.put(*flow.process(frame, Trace(time.monotonic_ns(), {})))

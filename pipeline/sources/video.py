@@ -27,7 +27,7 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # errors are told in our 
 
 SIGMA_PX = 0.75
 """Median of Gaussian fits, integrated over pixels, to the airliner of tests/data in 301 frames of
-real thermal video: 0.76 px (0.62–0.89 in 80 % of them). Nearer targets are larger than points."""
+real thermal video: 0.76 px (0.62–0.89 in 85 % of them). Nearer targets are larger than points."""
 
 READ_NOISE = 1.5
 """Grey levels rms about the local mean of the same clip's sky: 1.6 over cloud. A clear sky shows
