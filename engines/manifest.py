@@ -13,6 +13,7 @@ from engines.scaling import Scaling
 SIGMA_TOLERANCE = 0.15
 """A sensor's σ may differ by this share: field engines are trained on ±10 %."""
 
+NAME_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
 Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -75,7 +76,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     format: Literal["irst-engine/1"] = "irst-engine/1"
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=64)
+    name: str = Field(pattern=NAME_PATTERN)
     network: str = Field(description="file of trainer/networks it was made from")
     settings: dict[str, Any] = Field(description="that network's Config")
     size_px: int = Field(ge=3, le=255)

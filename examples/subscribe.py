@@ -1,6 +1,6 @@
 """Subscribe to a pipeline without installing it: pyzmq and msgpack are enough.
 
-    python examples/subscribe.py tcp://127.0.0.1:5556
+python examples/subscribe.py tcp://127.0.0.1:5556
 """
 
 import sys

@@ -94,9 +94,7 @@ def test_another_program_reads_the_stream_with_msgpack_alone(command, scene_reco
 
     thread = threading.Thread(target=listen)
     thread.start()
-    result = command(
-        "pipeline", "replay", scene_recording, "--publish", endpoint, "--rate", "20"
-    )
+    result = command("pipeline", "replay", scene_recording, "--publish", endpoint, "--rate", "20")
     thread.join(60)
     subscriber.close()
     assert result.returncode == 0, result.stderr

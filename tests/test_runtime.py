@@ -63,7 +63,9 @@ SCENE = (
 
 
 def totals(stdout: str) -> tuple[int, int, int]:
-    match = re.search(r"accounting: (\d+) in = (\d+) published \+ (\d+) dropped \(adds up\)", stdout)
+    match = re.search(
+        r"accounting: (\d+) in = (\d+) published \+ (\d+) dropped \(adds up\)", stdout
+    )
     assert match, stdout
     frames_in, published, dropped = map(int, match.groups())
     return frames_in, published, dropped

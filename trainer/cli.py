@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -21,18 +23,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-NetworkArgument = Annotated[str, typer.Argument(help="A file of trainer/networks.")]
-UsageError = typer.BadParameter.__base__ or Exception
+NetworkArgument = Annotated[
+    str, typer.Argument(metavar="NETWORK", help="A file of trainer/networks.")
+]
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def main() -> None:
     """Run the command; a user's mistake is one line on standard error, never a traceback."""
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        sys.exit(app(prog_name="trainer", standalone_mode=False) or 0)
     except (TrainerError, EngineError, PipelineError) as error:
         _fail(str(error), error.exit_code)
     except UsageError as error:
-        _fail(_usage(error), 2)
+        message: str = getattr(error, "format_message", error.__str__)()
+        if not message:  # no command given: the help was printed
+            sys.exit(2)
+        _fail(f"{message} (see --help)", 2)
     except OSError as error:
         _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
     except (KeyboardInterrupt, typer.Abort):
@@ -46,7 +53,9 @@ def _fail(message: str, exit_code: int) -> None:
 
 @app.command()
 def generate(
-    out: Annotated[Path, typer.Argument(help="Zarr group to write; must not exist.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT.zarr", help="Zarr group to write; must not exist.")
+    ],
     profile: Annotated[str, typer.Option(help="csist-100k, interior, field, or scene.")],
     count: Annotated[int, typer.Option(min=1, help="Patches; for a scene, frames.")],
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same data.")] = 0,
@@ -57,11 +66,8 @@ def generate(
     """
     from trainer import generate as drawing
 
-    with _progress() as progress:
-        task = progress.add_task(f"{profile}, seed {seed}", total=count)
-        drawing.generate(
-            profile, count, seed, out, lambda done: progress.update(task, completed=done)
-        )
+    with _progress(f"{profile}, seed {seed}", count) as show:
+        drawing.generate(profile, count, seed, out, show)
     print(f"wrote {out}")
     if profile == drawing.SCENE:
         print(f"wrote {drawing.bad_pixels_path(out)}")
@@ -74,7 +80,7 @@ def fit(
         Path | None, typer.Option(help="YAML fields of the run; without, the defaults.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the run [default: runs/NETWORK].")
+        Path | None, typer.Option(help="Folder of the run; without, runs/NETWORK.")
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Patches to draw in all.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of weights and data.")] = None,
@@ -82,8 +88,7 @@ def fit(
 ) -> None:
     """Train a network on data drawn as it trains.
 
-    The folder keeps checkpoint.pt, log.jsonl and loss.png. The same command goes on where an
-    interrupted one stopped.
+    The folder keeps checkpoint.pt, log.jsonl and loss.png. Interrupted, the same command goes on.
     """
     _need_torch()
     from trainer.fit import fit as run_fit
@@ -136,9 +141,8 @@ def evaluate(
         from trainer.trained import load_trained
 
         loaded = load_trained(str(network), weights, data.sensor)
-    with loaded, _progress() as progress:
-        task = progress.add_task(loaded.manifest.name, total=len(data))
-        figures = scoring.evaluate(data, loaded, lambda done: progress.update(task, completed=done))
+    with loaded, _progress(loaded.manifest.name, len(data)) as show:
+        figures = scoring.evaluate(data, loaded, show)
     scoring.print_figures(figures, Console())
     if json_out is not None:
         json_out.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
@@ -148,10 +152,10 @@ def evaluate(
 def export(
     network: NetworkArgument,
     run: Annotated[
-        Path | None, typer.Option(help="Folder of the run [default: runs/NETWORK].")
+        Path | None, typer.Option(help="Folder of the run; without, runs/NETWORK.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("."),
-    name: Annotated[str | None, typer.Option(help="Of the engine [default: NETWORK].")] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path(),
+    name: Annotated[str | None, typer.Option(help="Of the engine; without, the network's.")] = None,
 ) -> None:
     """Turn a trained run into an engine: NAME.onnx, its manifest NAME.json, its weights NAME.pt.
 
@@ -189,12 +193,19 @@ def _make_folder(path: Path) -> None:
         raise TrainerError(f"{path}: cannot write there ({error.strerror})") from error
 
 
-def _progress() -> Progress:
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error that appears with the first step, so not before an error."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+    task = bar.add_task(what, total=total)
 
+    def show(done: int) -> None:
+        bar.start()
+        bar.update(task, completed=done)
 
-def _usage(error: Exception) -> str:
-    """What is wrong with the command line, without the usage text around it."""
-    message: str = error.format_message() if hasattr(error, "format_message") else str(error)
-    return f"{message} (see --help)"
+    try:
+        yield show
+    finally:
+        if bar.live.is_started:
+            bar.stop()

@@ -13,35 +13,35 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pipeline.physics.groups import PROFILES, SIZE_PX, draw_patches
+from pipeline.physics.groups import PROFILES, SIZE_PX, Profile, draw_patches
 from trainer import registry
 from trainer.data import TorchRandom, training_pairs
 from trainer.errors import TrainerError, TrainingFailed
 from trainer.fit_config import DETECTION_THRESHOLD, VALIDATION_SEED, FitConfig, fit_config
 from trainer.metrics import cso_map, grid_rows
+from trainer.network import UnmixingNetwork
 from trainer.units import to_network_units
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
+INITIAL_PAIRS = 20_000
+"""Pairs that `fit_initial` is given."""
 
 
 class Run:
     """A training run in a folder: checkpoint.pt, log.jsonl and loss.png are kept there."""
 
     def __init__(self, config: FitConfig, folder: Path, device: str = "cpu") -> None:
-        if config.profile not in PROFILES:
-            raise TrainerError(f"profile: no `{config.profile}`; use {', '.join(PROFILES)}")
         self.config, self.folder, self.device = config, folder, device
-        self.profile = PROFILES[config.profile]
         torch.manual_seed(config.seed)
         self.network = registry.build(config.network, config.settings).to(device)
         self.c: int = self.network.config.c
-        self._check_geometry()
+        self.profile = profile_for(config.profile, self.network)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.rng = TorchRandom(config.seed, device)
         if config.initial_weights is not None:
             self._start_from(Path(config.initial_weights))
-        self.network.fit_initial(*self._pairs(20_000, crowded=False))
+        self.network.fit_initial(*self._pairs(INITIAL_PAIRS, crowded=False))
         self.average = AveragedModel(
             self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=False
         )
@@ -49,17 +49,6 @@ class Run:
         self.step = 0
         self.seconds = 0.0
         self.records: list[dict[str, float]] = []
-
-    def _check_geometry(self) -> None:
-        """The network must be made for the patches and the PSF of the profile."""
-        sensor = self.profile.sensor
-        for field, wanted in (("size_px", SIZE_PX), ("sigma_px", sensor.sigma_px)):
-            value = getattr(self.network.config, field)
-            if value != wanted:
-                raise TrainerError(
-                    f"settings: {field} is {value}, profile {self.profile.name} has {wanted}; "
-                    "make them equal"
-                )
 
     def _start_from(self, path: Path) -> None:
         """Take over another run's averaged weights; what `fit_initial` computes is not kept."""
@@ -185,6 +174,26 @@ class Run:
         return cso_map(found, true).mean
 
 
+def profile_for(name: str, network: UnmixingNetwork) -> Profile:
+    """The profile as a network's sensor sees it.
+
+    A profile of real sensors (σ uncertain) takes the σ of the network, so that an engine can be
+    trained for any sensor; a benchmark is what it is. Raises TrainerError if they do not agree.
+    """
+    if name not in PROFILES:
+        raise TrainerError(f"profile: no `{name}`; use {', '.join(PROFILES)}")
+    profile, config = PROFILES[name], network.config
+    if profile.sigma_spread:
+        profile = profile.at_sigma(config.sigma_px)
+    for field, wanted in (("size_px", SIZE_PX), ("sigma_px", profile.sensor.sigma_px)):
+        value = getattr(config, field)
+        if value != wanted:
+            raise TrainerError(
+                f"settings: {field} is {value}, profile {name} has {wanted}; make them equal"
+            )
+    return profile
+
+
 def read_log(folder: Path, step: int) -> list[dict[str, float]]:
     """The records of a run up to the checkpoint of `step`, that one included."""
     path = folder / LOG
@@ -226,9 +235,13 @@ def averaged_weights(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def fit(config: FitConfig, folder: Path, device: str = "cpu") -> dict[str, float]:
-    """Train (or go on training) in `folder` with a progress bar; returns the last record."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Train (or go on training) in `folder` with a progress bar; returns the last record.
+
+    Raises TrainerError for settings that cannot be, TrainingFailed if the loss is lost.
+    """
+    check_device(device)
     run = Run(config, folder, device)
+    folder.mkdir(parents=True, exist_ok=True)
     run.resume()
     columns = (
         TextColumn("{task.description}"),
@@ -246,6 +259,14 @@ def fit(config: FitConfig, folder: Path, device: str = "cpu") -> dict[str, float
             if not progress.console.is_terminal:
                 progress.console.print(f"{text}  step {record['step']} of {config.steps}")
     return run.records[-1]
+
+
+def check_device(device: str) -> None:
+    """Refuse a device torch does not have here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise TrainerError(f"--device: no `{device}` here; use cpu") from error
 
 
 def draw_curves(records: list[dict[str, float]], path: Path, title: str) -> None:

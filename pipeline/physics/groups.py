@@ -8,7 +8,7 @@ distribution, since an arrangement is kept exactly when every pair is apart, at 
 work. (Re-drawing only the last target would be faster still, and wrong.)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from array_api_compat import array_namespace, device
@@ -42,6 +42,15 @@ class Profile:
     log_uniform: bool = False
     sigma_spread: float = 0.0
     background: float = 0.0
+
+    def at_sigma(self, sigma_px: float) -> "Profile":
+        """The same groups for a sensor of another σ, as far apart in Rayleigh distances."""
+        scale = sigma_px / self.sensor.sigma_px
+        return replace(
+            self,
+            sensor=replace(self.sensor, sigma_px=sigma_px),
+            separation_px=self.separation_px * scale,
+        )
 
 
 BENCHMARK_SENSOR = Sensor(id="csist", sigma_px=0.5, full_scale=255)

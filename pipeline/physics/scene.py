@@ -26,7 +26,7 @@ from scipy.special import ndtr
 
 from pipeline.physics import noise
 from pipeline.physics.arrays import Array, NumpyRandom
-from pipeline.physics.groups import PROFILES, draw_arrangements
+from pipeline.physics.groups import MAX_TARGETS, PROFILES, draw_arrangements
 from pipeline.physics.measurement import measure
 from pipeline.physics.psf import render
 from pipeline.physics.sensor import Sensor
@@ -102,11 +102,16 @@ class Scene:
 
     bad_pixels_HW: bool (H, W), True where a pixel is dead (reads a constant near 0) or hot (reads
     too much by a constant, from 200 DN to half of full scale). Raises ValueError if the targets
-    do not fit into the sky.
+    do not fit into the sky, or the sky not below full scale.
     """
 
     def __init__(self, settings: SceneSettings) -> None:
         self.settings = settings
+        if settings.sky + settings.ground_excess >= settings.sensor.full_scale:
+            raise ValueError(
+                f"scene: sky and ground of {settings.sky + settings.ground_excess:g} counts do not "
+                f"fit below sensor.full_scale, {settings.sensor.full_scale}; raise it"
+            )
         shape = (settings.height, settings.width)
         rng = NumpyRandom([settings.seed, CLOUDS])
         clouds = _power_law(shape, CLOUD_SLOPE, rng)
@@ -135,8 +140,8 @@ class Scene:
         if self._episode[0] != episode:
             self._episode = (episode, self._draw_tracks(episode))
         tracks = self._episode[1]
-        number = len(tracks.intensity)
-        target_id = np.arange(episode * number, (episode + 1) * number, dtype=np.int32)
+        first = episode * (self.settings.singles + MAX_TARGETS * self.settings.groups)
+        target_id = np.arange(first, first + len(tracks.intensity), dtype=np.int32)
         return tracks.start_px + step * tracks.velocity_px, target_id, tracks.intensity
 
     def frame(self, index: int) -> SceneFrame:
@@ -167,7 +172,7 @@ class Scene:
         settings = self.settings
         rng = NumpyRandom([settings.seed, EPISODE, episode])
         counts = [1] * settings.singles
-        counts += [2 + int(4 * share) for share in rng.uniform((settings.groups,))]
+        counts += [2 + int((MAX_TARGETS - 1) * share) for share in rng.uniform((settings.groups,))]
         reach = settings.group_half_width_px
         clear = settings.group_separation_px + 2.0 * math.sqrt(2.0) * reach
         low = np.full(2, settings.margin_px + reach)

@@ -1,0 +1,1 @@
+"""Operations on images that know nothing of messages or settings."""

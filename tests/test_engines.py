@@ -1,0 +1,350 @@
+"""Engines: what a backend promises, and every way an engine can be refused."""
+
+import json
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from engines import loader
+from engines.base import Engine, Options
+from engines.errors import EngineError
+from engines.loader import load, open_engine, resolve
+from engines.manifest import Manifest, SensorNeeds, read_manifest, sha256_of
+
+SHIPPED = sorted(loader.MODELS.glob("*.json"))
+SIZE, C, MAX_BATCH = 11, 3, 16
+
+
+@dataclass(frozen=True)
+class FakeSensor:
+    sigma_px: float = 0.5
+    full_scale: int = 255
+    noiseless: bool = True
+
+
+def weights(c: int = C) -> np.ndarray:
+    rng = np.random.default_rng(7)
+    return rng.normal(size=(SIZE**2, (c * SIZE) ** 2)).astype(np.float32) / SIZE
+
+
+def write_model(path: Path, c: int = C) -> None:
+    """A linear network, map = reshape(flatten(patch) @ W): small enough to know its answer."""
+    nodes = [
+        helper.make_node("Reshape", ["patch", "flat"], ["row"]),
+        helper.make_node("MatMul", ["row", "w"], ["cells"]),
+        helper.make_node("Reshape", ["cells", "square"], ["map"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "linear",
+        [helper.make_tensor_value_info("patch", TensorProto.FLOAT, ["batch", SIZE, SIZE])],
+        [helper.make_tensor_value_info("map", TensorProto.FLOAT, ["batch", c * SIZE, c * SIZE])],
+        [
+            numpy_helper.from_array(weights(c), "w"),
+            numpy_helper.from_array(np.array([-1, SIZE**2]), "flat"),
+            numpy_helper.from_array(np.array([-1, c * SIZE, c * SIZE]), "square"),
+        ],
+    )
+    opset = [helper.make_opsetid("", 20)]
+    path.write_bytes(
+        helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString()
+    )
+
+
+def write_engine(folder: Path, name: str = "linear", **fields: object) -> Path:
+    """A model and its manifest, with `fields` of the manifest changed; the manifest's path."""
+    model = folder / f"{name}.onnx"
+    if not model.exists():
+        write_model(model)
+    plain = {
+        "name": name,
+        "network": "linear",
+        "settings": {},
+        "size_px": SIZE,
+        "c": C,
+        "sigma_px": 0.5,
+        "scaling": "full_scale",
+        "sensor": {"sigma_px": 0.5},
+        "detection_threshold": 50 / 255,
+        "max_batch": MAX_BATCH,
+        "profile": "csist-100k",
+        "seed": 1,
+        "samples": 0,
+        "training_s": 0.0,
+        "loss": 0.0,
+        "cso_map": 0.4,
+        "parameters": 1,
+        "onnx_sha256": sha256_of(model),
+        "weights_sha256": "0" * 64,
+        "versions": {},
+        **fields,
+    }
+    path = model.with_suffix(".json")
+    path.write_text(json.dumps(plain))
+    return path
+
+
+@pytest.fixture
+def engine(tmp_path: Path):
+    with open_engine(write_engine(tmp_path)) as opened:
+        yield opened
+
+
+def patches(number: int) -> np.ndarray:
+    return np.random.default_rng(3).random((number, SIZE, SIZE), np.float32)
+
+
+# --- what every engine promises --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [0, 1, MAX_BATCH, MAX_BATCH + 1, 3 * MAX_BATCH - 1])
+def test_maps_of_any_number_of_patches(engine: Engine, number: int) -> None:
+    patch = patches(number)
+    found = engine.infer(patch)
+    expected = (patch.reshape(-1, SIZE**2) @ weights()).reshape(-1, C * SIZE, C * SIZE)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_maps_are_the_callers_own(engine: Engine) -> None:
+    patch = patches(2)
+    before = patch.copy()
+    first = engine.infer(patch)
+    kept = first.copy()
+    second = engine.infer(patch + 1.0)
+    np.testing.assert_array_equal(first, kept)  # a later call does not write into it
+    second[:] = 0.0  # and writing into one does not reach the engine
+    np.testing.assert_array_equal(engine.infer(patch), kept)
+    np.testing.assert_array_equal(patch, before)
+
+
+def test_patches_need_not_be_contiguous(engine: Engine) -> None:
+    patch = patches(4)
+    np.testing.assert_array_equal(engine.infer(patch[::-1])[::-1], engine.infer(patch))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_patch_has_the_same_bits_in_any_batch(path: Path, threads: int) -> None:
+    patch = patches(MAX_BATCH + 3)
+    with open_engine(path, options=Options(threads=threads)) as engine:
+        together = engine.infer(patch)
+        alone = np.concatenate([engine.infer(patch[i : i + 1]) for i in range(len(patch))])
+        in_threes = np.concatenate([engine.infer(patch[i : i + 3]) for i in range(0, 18, 3)])
+    np.testing.assert_array_equal(together, alone)
+    np.testing.assert_array_equal(together[:18], in_threes)
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        np.zeros((2, SIZE, SIZE)),
+        np.zeros((2, SIZE + 2, SIZE), np.float32),
+        np.zeros((SIZE, SIZE), np.float32),
+    ],
+)
+def test_wrong_patches_are_refused(engine: Engine, patch: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"float32 \(B, 11, 11\)"):
+        engine.infer(patch)
+
+
+def test_closed_engine_does_not_infer(engine: Engine) -> None:
+    engine.close()
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.infer(patches(1))
+
+
+def test_bf16_is_an_option_and_not_the_default(tmp_path: Path) -> None:
+    path = write_engine(tmp_path)
+    exact = patches(8).reshape(8, -1) @ weights()
+    errors = {}
+    for precision in ("f32", "bf16"):
+        with open_engine(path, options=Options(precision=precision)) as engine:
+            errors[precision] = np.abs(engine.infer(patches(8)).reshape(8, -1) - exact).max()
+    with open_engine(path) as engine:
+        default = np.abs(engine.infer(patches(8)).reshape(8, -1) - exact).max()
+    assert default == errors["f32"] < 1e-5
+    assert errors["bf16"] >= errors["f32"]  # equal on a CPU without bfloat16
+
+
+@pytest.mark.usefixtures("engine")
+def test_loading_calls_nobody() -> None:
+    assert sys.modules["openvino_telemetry"] is None
+
+
+# --- choosing one ----------------------------------------------------------------------------
+
+
+def test_default_is_the_most_specific_that_fits_then_the_best(tmp_path: Path) -> None:
+    any_field = {"sigma_px": 0.5}
+    benchmark = {"sigma_px": 0.5, "full_scale": 255, "noiseless": True}
+    write_engine(tmp_path, "field", sensor=any_field, cso_map=0.3)
+    write_engine(tmp_path, "field_better", sensor=any_field, cso_map=0.35)
+    write_engine(tmp_path, "benchmark", sensor=benchmark, cso_map=0.1)
+    noisy = FakeSensor(sigma_px=0.55, full_scale=16383, noiseless=False)
+    assert resolve("default", FakeSensor(), tmp_path).stem == "benchmark"
+    assert resolve("default", noisy, tmp_path).stem == "field_better"
+    assert resolve("field", FakeSensor(), tmp_path).stem == "field"
+
+
+def test_a_path_may_be_of_manifest_or_model(tmp_path: Path) -> None:
+    path = write_engine(tmp_path)
+    for given in (path, path.with_suffix(".onnx")):
+        with load(str(given), FakeSensor()) as engine:
+            assert engine.manifest.name == "linear"
+
+
+def test_no_shipped_engine_fits(tmp_path: Path) -> None:
+    write_engine(tmp_path, "field")
+    with pytest.raises(EngineError, match=r"field is made for sigma_px 0.5, the sensor has 1.2"):
+        resolve("default", FakeSensor(sigma_px=1.2), tmp_path)
+
+
+def test_unknown_name_lists_what_there_is(tmp_path: Path) -> None:
+    write_engine(tmp_path, "field")
+    with pytest.raises(EngineError, match="no `feild`; use default, field"):
+        load("feild", FakeSensor(), models=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sensor", "fault"),
+    [
+        (FakeSensor(sigma_px=0.58), "sigma_px 0.5, the sensor has 0.58"),
+        (FakeSensor(full_scale=4095), "full_scale 255, the sensor has 4095"),
+        (FakeSensor(noiseless=False), "noiseless yes, the sensor has no"),
+    ],
+)
+def test_engine_for_another_sensor_is_refused(
+    tmp_path: Path, sensor: FakeSensor, fault: str
+) -> None:
+    needs = {"sigma_px": 0.5, "full_scale": 255, "noiseless": True}
+    path = write_engine(tmp_path, sensor=needs)
+    with pytest.raises(EngineError, match=fault) as refusal:
+        load(str(path), sensor)
+    assert str(path) in str(refusal.value)
+
+
+def test_sigma_may_spread_as_in_the_field() -> None:
+    needs = SensorNeeds(sigma_px=0.5)
+    assert needs.mismatches(FakeSensor(sigma_px=0.55)) == []
+    assert needs.mismatches(FakeSensor(sigma_px=0.45)) == []
+    assert len(needs.mismatches(FakeSensor(sigma_px=0.42))) == 1
+
+
+# --- files that cannot be used ---------------------------------------------------------------
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(EngineError) as caught:
+        load(str(path), FakeSensor())
+    message = str(caught.value)
+    assert path.stem in message
+    assert "\n" not in message
+    return message
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    assert "no manifest" in refusal(tmp_path / "nothing.onnx")
+
+
+def test_missing_model(tmp_path: Path) -> None:
+    path = write_engine(tmp_path)
+    path.with_suffix(".onnx").unlink()
+    assert "model is missing" in refusal(path)
+
+
+@pytest.mark.parametrize("change", ["truncated", "altered"])
+def test_truncated_or_altered_model(tmp_path: Path, change: str) -> None:
+    path = write_engine(tmp_path)
+    model = path.with_suffix(".onnx")
+    data = bytearray(model.read_bytes())
+    data[len(data) // 2] ^= 1
+    model.write_bytes(data[:-1000] if change == "truncated" else data)
+    assert "truncated or altered" in refusal(path)
+
+
+def test_model_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "linear.onnx").write_bytes(b"not a network")
+    assert "cannot read it" in refusal(write_engine(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault"),
+    [
+        ({"colour": "red"}, "unknown field `colour`"),
+        ({"sensor": {"sigma": 0.5}}, "unknown field `sensor.sigma`"),
+        ({"c": 4}, "c must be odd, got 4"),
+        ({"size_px": 12}, "size_px must be odd, got 12"),
+        ({"scaling": "percent"}, "scaling: input should be 'full_scale' or 'peak'"),
+        ({"detection_threshold": "NaN"}, "detection_threshold"),
+        ({"onnx_sha256": "abc"}, "onnx_sha256"),
+        ({"max_batch": 0}, "max_batch"),
+    ],
+)
+def test_wrong_manifest_names_the_field(tmp_path: Path, fields: dict, fault: str) -> None:
+    assert fault in refusal(write_engine(tmp_path, **fields))
+
+
+def test_manifest_without_a_field_or_not_json(tmp_path: Path) -> None:
+    path = write_engine(tmp_path)
+    plain = json.loads(path.read_text())
+    del plain["scaling"]
+    path.write_text(json.dumps(plain))
+    assert "field `scaling` is missing" in refusal(path)
+    path.write_text('{"name": ')
+    assert "invalid JSON" in refusal(path)
+
+
+def test_model_of_another_c(tmp_path: Path) -> None:
+    write_model(tmp_path / "linear.onnx", c=5)
+    message = refusal(write_engine(tmp_path))
+    assert "gives maps" in message and "55" in message and "33" in message
+
+
+def test_model_of_another_patch_size(tmp_path: Path) -> None:
+    assert "takes patches" in refusal(write_engine(tmp_path, size_px=13))
+
+
+def test_unknown_backend(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"no `abacus`; use .*openvino_cpu"):
+        load(str(write_engine(tmp_path)), FakeSensor(), backend="abacus")
+
+
+def test_backend_whose_library_is_missing(tmp_path: Path, monkeypatch) -> None:
+    def missing(name: str):
+        if name.startswith("engines.backends."):
+            raise ImportError("No module named 'openvino'")
+        return import_module(name)
+
+    monkeypatch.setattr(loader, "import_module", missing)
+    with pytest.raises(EngineError, match=r"library is not installed.*openvino"):
+        open_engine(write_engine(tmp_path))
+
+
+# --- what is shipped -------------------------------------------------------------------------
+
+
+def test_manifest_round_trip(tmp_path: Path) -> None:
+    manifest = read_manifest(write_engine(tmp_path))
+    manifest.write(tmp_path / "again.json")
+    assert read_manifest(tmp_path / "again.json") == manifest
+    assert Manifest.model_validate(manifest.model_dump(mode="json")) == manifest
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_engine_is_small_whole_and_without_traces(path: Path) -> None:
+    manifest = read_manifest(path)
+    model = path.with_suffix(".onnx")
+    assert manifest.name == path.stem
+    assert sha256_of(model) == manifest.onnx_sha256
+    assert model.stat().st_size < 12_000_000
+    graph = onnx.load(model).graph
+    assert all(not node.metadata_props for node in graph.node)
+    assert all(not tensor.external_data for tensor in graph.initializer)

@@ -1,0 +1,171 @@
+"""A trained network becomes an engine: ONNX model, manifest, and the weights they came from."""
+
+import logging
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from engines.base import Engine
+from engines.loader import open_engine
+from engines.manifest import NAME_PATTERN, Manifest, SensorNeeds, sha256_of
+from engines.scaling import Scaling
+from pipeline.physics.groups import Profile, draw_patches
+from trainer.data import TorchRandom
+from trainer.errors import TrainerError, TrainingFailed
+from trainer.fit import averaged_weights, load_checkpoint, profile_for, read_log
+from trainer.fit_config import DETECTION_THRESHOLD, VALIDATION_SEED, FitConfig, fit_config
+from trainer.network import UnmixingNetwork
+from trainer.trained import TrainedNetwork, weights_sha256, with_weights, write_weights
+from trainer.units import to_network_units
+
+PARITY_TOLERANCE = 1e-4
+"""Largest allowed difference between the engine's map and torch's, both f32, network units."""
+
+PARITY_PATCHES = 64
+LIBRARIES = ("irst-pipeline", "torch", "onnx", "onnxscript", "openvino")
+
+
+def export(network: str, checkpoint: Path, out_dir: Path, name: str) -> tuple[Manifest, float]:
+    """Write NAME.onnx, NAME.json and NAME.pt from the averaged weights of a run.
+
+    The engine is made in a folder aside, compared with torch, and only then moved to `out_dir`,
+    its manifest last. → the manifest, and the largest difference from torch in network units.
+    Raises TrainerError for a checkpoint that cannot be used or an engine that differs.
+    """
+    if not re.match(NAME_PATTERN, name) or name.startswith("."):
+        raise TrainerError(f"--name: use letters, digits and _.- only, got {name!r}")
+    state = load_checkpoint(checkpoint)
+    config = fit_config(state["config"], str(checkpoint))
+    if config.network != network:
+        raise TrainerError(
+            f"{checkpoint}: a run of `{config.network}`; use `trainer export {config.network}`"
+        )
+    record = read_log(checkpoint.parent, state["step"])[-1]
+    weights = {key: value.float() for key, value in averaged_weights(state).items()}
+    built = with_weights(network, config.settings, weights).eval()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir, prefix=".export.") as aside:
+        model = Path(aside) / f"{name}.onnx"
+        write_onnx(built, model)
+        manifest = Manifest(
+            name=name,
+            **_facts(config, built, record),
+            onnx_sha256=sha256_of(model),
+            weights_sha256=weights_sha256(weights),
+            versions={library: version(library) for library in LIBRARIES},
+        )
+        manifest.write(model.with_suffix(".json"))
+        write_weights(model.with_suffix(".pt"), manifest, weights)
+        with open_engine(model.with_suffix(".json")) as engine:
+            difference = parity(engine, built, profile_for(config.profile, built), config.scaling)
+        if not difference <= PARITY_TOLERANCE:
+            raise TrainingFailed(
+                f"{name}: differs from torch by {difference:.1e} in network units, allowed is "
+                f"{PARITY_TOLERANCE:.0e}; nothing was written"
+            )
+        for suffix in (".onnx", ".pt", ".json"):
+            model.with_suffix(suffix).replace(out_dir / (name + suffix))
+    return manifest, difference
+
+
+def write_onnx(network: UnmixingNetwork, path: Path) -> None:
+    """The network as one ONNX file: `patch` (B, n, n) → `map` (B, cn, cn), B dynamic.
+
+    What the exporter notes about the source code (paths, lines) is left out.
+    """
+    n = network.config.size_px
+    example = torch.zeros(2, n, n)
+    with _quiet():
+        program = torch.onnx.export(
+            network,
+            (example,),
+            input_names=["patch"],
+            output_names=["map"],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None  # noqa: S101, always so with dynamo
+    model = program.model_proto
+    for item in (
+        *model.graph.node,
+        *model.graph.input,
+        *model.graph.output,
+        *model.graph.value_info,
+    ):
+        del item.metadata_props[:]
+        item.doc_string = ""
+    del model.graph.metadata_props[:]
+    onnx.checker.check_model(model, full_check=True)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def parity(engine: Engine, network: UnmixingNetwork, profile: Profile, scaling: Scaling) -> float:
+    """Largest difference between the engine's maps and torch's on patches never trained on."""
+    patch, _ = draw_patches(profile, PARITY_PATCHES, TorchRandom(VALIDATION_SEED))
+    signal, _ = to_network_units(
+        patch,
+        background=profile.background > 0.0,
+        scaling=scaling,
+        full_scale=profile.sensor.full_scale,
+    )
+    patches = signal.float().numpy()
+    with TrainedNetwork(engine.manifest, network) as reference:
+        return float(np.max(np.abs(engine.infer(patches) - reference.infer(patches))))
+
+
+def sensor_needs(profile: Profile, scaling: Scaling) -> SensorNeeds:
+    """What a network trained on this profile asks of a sensor.
+
+    Always its σ; its full scale if that is the unit; and no noise if it has never seen any.
+    """
+    sensor = profile.sensor
+    return SensorNeeds(
+        sigma_px=sensor.sigma_px,
+        full_scale=sensor.full_scale if scaling == "full_scale" else None,
+        noiseless=True if sensor.noiseless else None,
+    )
+
+
+def _facts(config: FitConfig, network: UnmixingNetwork, record: dict[str, float]) -> dict[str, Any]:
+    """What the run says about the engine."""
+    return {
+        "network": config.network,
+        "settings": network.config.model_dump(mode="json"),
+        "size_px": network.config.size_px,
+        "c": network.config.c,
+        "sigma_px": network.config.sigma_px,
+        "scaling": config.scaling,
+        "sensor": sensor_needs(profile_for(config.profile, network), config.scaling),
+        "detection_threshold": DETECTION_THRESHOLD,
+        "profile": config.profile,
+        "seed": config.seed,
+        "samples": int(record["samples"]),
+        "training_s": record["seconds"],
+        "loss": record["loss"],
+        "cso_map": record["cso_map"],
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what torch's exporter says of itself: no torchvision, its own deprecated calls."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
