@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pipeline.command import run_app
 from pipeline.component import Source, component
 from pipeline.config import PipelineConfig, load_config
 from pipeline.errors import PipelineError, RunError
@@ -24,7 +24,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
 )
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML configuration.")]
@@ -35,15 +34,9 @@ DEFAULT_ENDPOINT = "tcp://127.0.0.1:5556"
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one line on standard error, never a traceback."""
+    """Run the command."""
     logging.basicConfig(level=logging.CRITICAL)
-    try:
-        app()
-    except PipelineError as error:
-        print(f"pipeline: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_app(app, "pipeline")
 
 
 @app.command()

@@ -131,6 +131,15 @@ def test_unmapped_spikes_are_refused_and_point_sources_kept():
         assert (cdist(xy_px, found).min(axis=1) < 1.0).mean() >= 0.99
 
 
+@pytest.mark.parametrize("offset", [(2, 0), (3, 1), (0, 4)])
+def test_a_hot_pixel_does_not_hide_the_target_beside_it(offset):
+    pixels_HW = frame_with([[50.2, 40.1]], 1200.0)
+    pixels_HW[40 + offset[1], 50 + offset[0]] = 9000
+    pixels_HW[40, 1] = 9000  # nor does one at the border, where it cannot be mended, do harm
+    blobs = detect(pixels_HW)
+    np.testing.assert_allclose(blobs.xy_px, [[50.2, 40.1]], atol=0.6)
+
+
 def test_groups_are_not_extended_and_larger_objects_are():
     corners = np.array([[30.0, 30.0], [32.0, 30.0], [30.0, 32.0], [32.0, 32.0], [31.0, 31.0]])
     pixels_HW = frame_with(corners, 2000.0)

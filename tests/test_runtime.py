@@ -38,7 +38,7 @@ def wait_for(condition, timeout_s: float = 30.0) -> None:
 
 
 @pytest.fixture
-def run_dir(tmp_path_factory):
+def run_dir():
     """Short, so that socket paths fit."""
     with tempfile.TemporaryDirectory(prefix="t") as folder:
         yield Path(folder)
@@ -155,7 +155,7 @@ def test_check_prints_the_flow_and_runs_nothing(run_dir):
 
 class _Trips(Stage[Frame, Frame]):
     @classmethod
-    def build(cls, config, context):
+    def build(cls, config, context):  # noqa: ARG003
         return cls()
 
     def process(self, message: Frame) -> Frame:

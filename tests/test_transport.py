@@ -162,9 +162,13 @@ def test_lossless_publishing_gives_up_on_a_subscriber_that_takes_nothing(endpoin
     publisher = Publisher([endpoint], "roof", 2, lossless=True)
     subscriber = SubscriberSocket(endpoint, queue=2, topic=b"me")
     publisher.wait_subscriber(b"me", tick_until())
-    with pytest.raises(RunError, match="taken nothing"):
+
+    def flood() -> None:
         for _ in range(1000):
             publisher.publish({"load": "y" * 100_000}, tick_until())
+
+    with pytest.raises(RunError, match="taken nothing"):
+        flood()
     subscriber.close()
     publisher.close()
 

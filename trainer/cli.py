@@ -1,7 +1,6 @@
 """The `trainer` command."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -12,8 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from engines.errors import EngineError
-from pipeline.errors import PipelineError
+from pipeline.command import run_app
 from trainer.errors import TrainerError
 
 app = typer.Typer(
@@ -26,29 +24,11 @@ app = typer.Typer(
 NetworkArgument = Annotated[
     str, typer.Argument(metavar="NETWORK", help="A file of trainer/networks.")
 ]
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one line on standard error, never a traceback."""
-    try:
-        sys.exit(app(prog_name="trainer", standalone_mode=False) or 0)
-    except (TrainerError, EngineError, PipelineError) as error:
-        _fail(str(error), error.exit_code)
-    except UsageError as error:
-        message: str = getattr(error, "format_message", error.__str__)()
-        if not message:  # no command given: the help was printed
-            sys.exit(2)
-        _fail(f"{message} (see --help)", 2)
-    except OSError as error:
-        _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", 130)
-
-
-def _fail(message: str, exit_code: int) -> None:
-    print(f"trainer: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(exit_code)
+    """Run the command."""
+    run_app(app, "trainer")
 
 
 @app.command()

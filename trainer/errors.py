@@ -1,10 +1,10 @@
 """Errors a user of the trainer can mend; the command line prints them as one line."""
 
+from pipeline.errors import PipelineError
 
-class TrainerError(Exception):
+
+class TrainerError(PipelineError):
     """Bad input: what, where, and how to mend it. Exit code 2."""
-
-    exit_code = 2
 
 
 class TrainingFailed(TrainerError):

@@ -9,10 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from engines.errors import EngineError
 from pipeline.component import Context, Stage, component
 from pipeline.config import PipelineConfig, load_bad_pixels
-from pipeline.errors import PipelineError
 from pipeline.messages import Dropped, Trace
 from pipeline.physics.sensor import Sensor
 
@@ -62,16 +60,13 @@ def build_flow(
     shape: tuple[int, int],
     clock: Callable[[], int] = time.monotonic_ns,
 ) -> Flow:
-    """Build the named stages; raises PipelineError if one cannot be had."""
+    """Build the named stages; raises PipelineError or EngineError if one cannot be had."""
     context = Context(
         sensor=sensor,
         bad_pixels_HW=load_bad_pixels(config.sensor.bad_pixels, shape),
         engine=config.engine,
     )
-    try:
-        stages = [
-            (name, component("stage", name).build(config.stages[name], context)) for name in names
-        ]
-    except EngineError as error:
-        raise PipelineError(str(error)) from error
+    stages = [
+        (name, component("stage", name).build(config.stages[name], context)) for name in names
+    ]
     return Flow(stages, clock)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from engines.errors import EngineError
 from pipeline.component import Source, component
 from pipeline.config import PipelineConfig
 from pipeline.errors import PipelineError
@@ -98,7 +99,7 @@ def run_node(task: NodeTask) -> None:
         control.send({"event": "done", "node": task.name})
     except Stopped:
         pass
-    except PipelineError as error:
+    except (PipelineError, EngineError) as error:
         event = {"event": "failed", "node": task.name, "exit_code": error.exit_code}
         control.send(event | {"line": str(error)})
     finally:

@@ -11,15 +11,20 @@
    do `false_alarms_per_frame` times a frame; k is at least `min_sigmas`.
 6. Bright pixels that touch are a region, those above a fifth of its peak its core. A core wider
    than any group of point sources is EXTENDED. Left out are regions that do not stand out in
-   every direction, pieces of an edge, and single hot pixels, narrower than any point source.
+   every direction, pieces of an edge, and single hot pixels, narrower than any point source. If
+   something bright is next to such a pixel, it is mended and the frame searched once more.
 7. Blobs that one window covers become one, MERGED.
 
 On a mosaic the tiles take the place of the blocks and their medians that of the background; no
 blob reaches beyond its tile, and of 6 only the width is looked at.
+
+On 640 × 512 16-bit pixels the passes of OpenCV over the whole frame take 1.0 ms of one core, a
+quarter of it the labelling of regions; the work on a hundred regions 0.7 ms; searching once more
+adds 0.8 ms.
 """
 
 import math
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import cv2
 import numpy as np
@@ -32,7 +37,7 @@ from pipeline.errors import PipelineError
 from pipeline.imaging.bad_pixels import Repair
 from pipeline.imaging.point_shape import SpikeTest, stands_out
 from pipeline.imaging.regions import CORE_SHARE, Image, Regions, find_regions, merge
-from pipeline.imaging.sampling import as_tiles, values_at
+from pipeline.imaging.sampling import Integers, as_tiles, square_ring, surroundings, values_at
 from pipeline.messages import Blobs, Flag, Frame, Tiling
 from pipeline.physics import noise
 from pipeline.physics.groups import SIZE_PX
@@ -42,8 +47,19 @@ from pipeline.physics.sensor import Sensor
 BLOCK_SAMPLES = 12
 """A block's statistics come from BLOCK_SAMPLES × BLOCK_SAMPLES of its pixels."""
 
+SPIKE_FOOT = 0.02
+"""More than the filter leaves of a hot pixel, relative to it, three sigma of the PSF away."""
+
 WITHIN_SIGMA = 0.6827
 """Share of a Gaussian's values within one sigma."""
+
+
+class Signal(NamedTuple):
+    """A frame without background, (H, W) each."""
+
+    residual_HW: Image  # counts
+    snr_HW: Image  # of the matched filter
+    sigma_HW: Image  # noise, counts
 
 
 class Detect(Stage[Frame, Blobs]):
@@ -68,11 +84,12 @@ class Detect(Stage[Frame, Blobs]):
     ) -> None:
         self._config, self._sensor, self._bad_HW = config, sensor, bad_pixels_HW
         self._repair = None if bad_pixels_HW is None else Repair(bad_pixels_HW)
-        radius = math.ceil(3.0 * sensor.sigma_px)
+        self._radius = radius = math.ceil(3.0 * sensor.sigma_px)
         response = pixel_response(np.asarray(float(radius)), 2 * radius + 1, sensor.sigma_px)
         self._kernel = (response / np.linalg.norm(response)).astype(np.float32)
         self._cell_px = max(2, math.ceil(2.0 * sensor.sigma_px))
         self._is_spike = SpikeTest(sensor.sigma_px)
+        self._beyond = np.concatenate([square_ring(reach) for reach in (radius, radius + 1)])
         filtered_sigma_px = math.sqrt(2.0 * sensor.sigma_px**2 + 2.0 / 12.0)
         core_px = 2.0 * filtered_sigma_px * math.sqrt(-2.0 * math.log(CORE_SHARE))
         self._max_width_px = math.ceil(config.group_span_px + core_px) + 1
@@ -90,22 +107,12 @@ class Detect(Stage[Frame, Blobs]):
         threshold = max(-float(ndtri(min(false_alarm, 0.5))), self._config.min_sigmas)
         tiling = message.info.tiling
         if tiling is None:
-            background = self._background(clean_HW)
-            smooth_HW = cv2.resize(background, clean_HW.shape[::-1])
-            residual_HW = _float32(cv2.subtract(clean_HW, smooth_HW, dtype=cv2.CV_32F))
-            snr_HW, sigma_HW = self._by_blocks(residual_HW, background)
-            regions = find_regions(snr_HW, threshold)
-            wide = self._is_wide(regions)
-            points = regions.take(~wide)
-            points = points.take(stands_out(clean_HW, points.peak_xy, self._max_width_px // 2 + 1))
-            sigma = values_at(sigma_HW, points.peak_xy)
-            points = points.take(~self._is_spike(residual_HW, points.peak_xy, sigma))
+            points, extended = self._search(clean_HW, threshold)
         else:
             regions = find_regions(self._by_tiles(clean_HW, tiling), threshold)
             wide = self._is_wide(regions)
-            points = regions.take(~wide)
+            points, extended = regions.take(~wide), regions.take(wide)
         points, flags = self._ranked(points, tiling)
-        extended = regions.take(wide)
         blobs = points.join(extended)
         return Blobs(
             info=message.info,
@@ -147,6 +154,47 @@ class Detect(Stage[Frame, Blobs]):
             return pixels_HW, np.ones(pixels_HW.shape, np.bool_)
         return repair(pixels_HW), repair.usable_HW
 
+    def _search(self, clean_HW: NDArray[Any], threshold: float) -> tuple[Regions, Regions]:
+        """Regions shaped like groups, and those too wide."""
+        background = self._background(clean_HW)
+        smooth_HW = cv2.resize(background, clean_HW.shape[::-1])
+        residual_HW = _float32(cv2.subtract(clean_HW, smooth_HW, dtype=cv2.CV_32F))
+        signal = self._by_blocks(residual_HW, background)
+        points, extended, spikes = self._told_apart(clean_HW, signal, threshold)
+        beyond = values_at(signal.snr_HW, spikes.peak_xy[:, None, :] + self._beyond).max(axis=1)
+        hiding = beyond > np.maximum(threshold, SPIKE_FOOT * spikes.snr)
+        size = np.array(clean_HW.shape[::-1])  # at the border the filter sees a pixel twice
+        inner = (spikes.peak_xy > self._radius) & (spikes.peak_xy < size - 1 - self._radius)
+        hiding &= inner.all(axis=1)
+        if hiding.any():
+            clean_HW = clean_HW.copy()
+            self._mend(spikes.peak_xy[hiding], clean_HW, signal)
+            points, extended, _ = self._told_apart(clean_HW, signal, threshold)
+        return points, extended
+
+    def _told_apart(
+        self, clean_HW: NDArray[Any], signal: Signal, threshold: float
+    ) -> tuple[Regions, Regions, Regions]:
+        """Regions shaped like groups, those too wide, and hot pixels."""
+        regions = find_regions(signal.snr_HW, threshold)
+        wide = self._is_wide(regions)
+        points = regions.take(~wide)
+        points = points.take(stands_out(clean_HW, points.peak_xy, self._max_width_px // 2 + 1))
+        sigma = values_at(signal.sigma_HW, points.peak_xy)
+        spike = self._is_spike(signal.residual_HW, points.peak_xy, sigma)
+        return points.take(~spike), regions.take(wide), points.take(spike)
+
+    def _mend(self, xy: Integers, clean_HW: NDArray[Any], signal: Signal) -> None:
+        """Replace hot pixels by the median round them, in place, and filter anew there."""
+        change = -values_at(signal.residual_HW, xy)
+        for image_HW in (clean_HW, signal.residual_HW):
+            image_HW[xy[:, 1], xy[:, 0]] = np.sort(surroundings(image_HW, xy), axis=1)[:, 4]
+        change += values_at(signal.residual_HW, xy)
+        response = np.outer(self._kernel, self._kernel)
+        for (x, y), step in zip((xy - self._radius).tolist(), change.tolist(), strict=True):
+            here = (slice(y, y + len(response)), slice(x, x + len(response)))
+            signal.snr_HW[here] += step * response / signal.sigma_HW[here]
+
     def _background(self, clean_HW: NDArray[Any]) -> Image:
         """Median background of cells, (H, W) over the cell size."""
         height, width = clean_HW.shape
@@ -160,8 +208,8 @@ class Detect(Stage[Frame, Blobs]):
     def _noise_floor(self, background: NDArray[Any]) -> Image:
         return _float32(np.sqrt(noise.variance(background, self._sensor)))
 
-    def _by_blocks(self, residual_HW: Image, background: Image) -> tuple[Image, Image]:
-        """SNR and noise (counts) of every pixel."""
+    def _by_blocks(self, residual_HW: Image, background: Image) -> Signal:
+        """What is left of the frame, filtered and compared with the noise of its block."""
         filtered_HW = self._filter(residual_HW)
         height, width = filtered_HW.shape
         rows = max(round(height / self._config.block_px), 1)
@@ -175,7 +223,7 @@ class Detect(Stage[Frame, Blobs]):
         # Few samples may by chance say too little: a block is no quieter than those around it.
         sigma = np.maximum(np.maximum(spread, cv2.blur(spread, (3, 3))), self._noise_floor(mean))
         sigma_HW = _float32(cv2.resize(sigma, (width, height)))
-        return filtered_HW / sigma_HW, sigma_HW
+        return Signal(residual_HW, filtered_HW / sigma_HW, sigma_HW)
 
     def _by_tiles(self, clean_HW: NDArray[Any], tiling: Tiling) -> Image:
         """SNR of every pixel of a complete tile, 0 between them."""
