@@ -7,7 +7,9 @@ import typer
 from engines.errors import EngineError
 from pipeline.errors import PipelineError
 
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's own, by whatever name typer carries click
+UsageError: type[Exception] = typer.BadParameter.__mro__[
+    1
+]  # click's own, by whatever name typer carries click
 INTERRUPTED = 130
 
 

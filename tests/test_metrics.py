@@ -195,7 +195,8 @@ def test_perfect_detection_on_the_grid_scores_the_known_ceiling() -> None:
     assert figures["matched"] > 0.98 * figures["targets"]
     assert figures["count_accuracy"] > 0.9
     assert figures["intensity_rmse_relative"] < 0.2
-    assert figures["nees"] > 10.0  # a grid is never honest about rounding
+    # errors are uniform within the cell, and the bound for crowded groups comes on top
+    assert 0.3 < figures["nees"] < 1.05
 
 
 def test_bound_grows_with_the_number_of_targets() -> None:

@@ -93,8 +93,9 @@ def test_noise_is_the_sensors():
 
 def test_clouds_are_correlated_and_drift():
     scene = Scene(empty(sensor=SILENT, horizon=1.0))
-    start, ten_later = (scene.frame(k).pixels_HW.astype(float) for k in (0, 10))
+    start, halfway, ten_later = (scene.frame(k).pixels_HW.astype(float) for k in (0, 5, 10))
     np.testing.assert_allclose(ten_later[:, :-1], start[:, 1:], atol=1.0)
+    np.testing.assert_allclose(halfway, 0.5 * (start + ten_later), atol=1.5)
     assert start.std() == pytest.approx(60.0, rel=0.01)
     assert np.corrcoef(start[:, 1:].ravel(), start[:, :-1].ravel())[0, 1] > 0.95
     power = (np.abs(np.fft.rfft(start - start.mean(), axis=1)) ** 2).mean(axis=0)

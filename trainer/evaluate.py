@@ -12,6 +12,7 @@ from rich.table import Table
 
 from engines.base import Engine
 from pipeline.formats.csist import CsistDataset
+from pipeline.physics.grid import cell_variance_px2
 from pipeline.physics.groups import MAX_TARGETS
 from trainer.errors import TrainerError
 from trainer.metrics import (
@@ -41,9 +42,9 @@ def evaluate(
     Cramér–Rao bound that knows how many targets there are: root mean square over an image's
     targets, median over images; crb_px_by_count: by number of targets. Unlike rmse_px it is not
     cut off at 0.5 px. intensity_rmse_relative: of the matched. nees: mean per dimension of their
-    position errors, with the bound at the estimated group as covariance; far above 1 for a method
-    that ends on a grid. patches_per_s: of the network alone. progress: called with the number of
-    patches done.
+    position errors, with the covariance the pipeline publishes: the bound at the estimated group
+    plus the variance within a grid cell. patches_per_s: of the network alone. progress: called
+    with the number of patches done.
     """
     if len(dataset) == 0:
         raise TrainerError("dataset: has no images; generate one with --count 1 or more")
@@ -72,7 +73,7 @@ def evaluate(
         "crb_px": _median(np.concatenate(list(by_count.values()) or [np.empty(0)])),
         "crb_px_by_count": {str(count): _median(values) for count, values in by_count.items()},
         "intensity_rmse_relative": _rms(error[:, 2]),
-        "nees": _nees(dataset, found, matched, error),
+        "nees": _nees(dataset, found, matched, error, 1.0 / manifest.c),
         "patches_per_s": len(dataset) / seconds,
     }
     return {key: _finite(value) for key, value in figures.items()}
@@ -124,16 +125,19 @@ def _nees(
     found: list[NDArray[np.float64]],
     matched: NDArray[np.int64],
     error: NDArray[np.float64],
+    cell_px: float,
 ) -> float:
-    """Over the images with at most twice as many detections as there can be targets.
+    """With the covariance that the pipeline publishes for a grid engine: bound + cell²/12.
 
-    With more, the bound says nothing but costs a lot.
+    Over the images with at most twice as many detections as there can be targets: with more, the
+    bound says nothing but costs a lot.
     """
     sane = [rows if len(rows) <= 2 * MAX_TARGETS else rows[:0] for rows in found]
     bounds = group_bounds(sane, dataset.sensor, dataset.image.shape[1], dataset.background)
     kept = np.array([len(bounds[image]) > 0 for image, _ in matched], dtype=bool)
     covariance = [bounds[image][row] for image, row in matched[kept]]
-    return nees(error[kept, :2], np.reshape(covariance, (-1, 2, 2)))
+    cell = cell_variance_px2(cell_px) * np.eye(2)
+    return nees(error[kept, :2], np.reshape(covariance, (-1, 2, 2)) + cell)
 
 
 def _rms(values: NDArray[np.float64]) -> float:

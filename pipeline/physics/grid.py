@@ -24,6 +24,11 @@ def cell_index(position_px: Array, c: int) -> Array:
     return array_namespace(position_px).floor(position_px * c + c / 2)
 
 
+def cell_variance_px2(cell_px: float) -> float:
+    """Variance along one axis of a position known only to lie in a cell: cell²/12."""
+    return cell_px**2 / 12.0
+
+
 def sampling_matrix(size: int, c: int, sigma_px: float) -> NDArray[np.float64]:
     """Φ (size², (c·size)²): counts in each pixel from unit intensity at each cell's centre.
 

@@ -15,6 +15,7 @@ from scipy.special import ndtr
 from pipeline.component import Context, Settings, Stage
 from pipeline.messages import MAX_COUNT, TargetReport, Unmixed
 from pipeline.physics.bounds import cramer_rao, fisher_information
+from pipeline.physics.grid import cell_variance_px2
 from pipeline.physics.sensor import Sensor
 
 Vector = NDArray[np.float64]
@@ -86,7 +87,7 @@ class Report(Stage[Unmixed, TargetReport]):
             per_count = information[:, of + 2, of + 2]
             snr[rows] = message.intensity[rows] * np.sqrt(per_count)
             sigma[rows] = np.sqrt(bound[:, of + 2, of + 2])
-            cell = message.cell_px**2 / 12.0
+            cell = cell_variance_px2(message.cell_px)
             cov[rows] = np.stack(
                 [bound[:, of, of] + cell, bound[:, of, of + 1], bound[:, of + 1, of + 1] + cell],
                 axis=-1,

@@ -5,7 +5,7 @@ from typing import Self
 import numpy as np
 from pydantic import Field
 
-from engines.base import Engine
+from engines.base import Engine, Options
 from engines.loader import load
 from engines.scaling import network_unit
 from pipeline.component import Context, Settings, Stage
@@ -18,10 +18,14 @@ class Unmix(Stage[Patches, Unmixed]):
     """Runs all patches of a frame through the engine as one batch."""
 
     class Config(Settings):
-        """threshold: in network units, None = the engine's own; separate: see `local_maxima`."""
+        """threshold: in network units, None = the engine's own; separate: see `local_maxima`.
+
+        threads: of one process; more cores are better used by more replicas of the node.
+        """
 
         threshold: float | None = Field(None, gt=0.0)
         separate: float = Field(0.5, gt=0.0, le=1.0)
+        threads: int = Field(1, ge=1, le=256)
 
     def __init__(self, config: Config, sensor: Sensor, engine: Engine) -> None:
         self._config, self._sensor, self._engine = config, sensor, engine
@@ -31,7 +35,8 @@ class Unmix(Stage[Patches, Unmixed]):
     @classmethod
     def build(cls, config: Config, context: Context) -> Self:
         """Load the engine the context names; raises EngineError if it does not fit the sensor."""
-        return cls(config, context.sensor, load(context.engine, context.sensor))
+        options = Options(threads=config.threads)
+        return cls(config, context.sensor, load(context.engine, context.sensor, options=options))
 
     def process(self, message: Patches) -> Unmixed:
         """Positions in frame coordinates, in the order of the patches; bad pixels are filled."""

@@ -1,0 +1,239 @@
+"""Patches to targets with an engine that answers perfectly, and what the report makes of them."""
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from engines.base import Engine
+from engines.manifest import Manifest, SensorNeeds
+from pipeline.component import Context
+from pipeline.messages import Flag, FrameInfo, Patches, Unmixed, check_wire, targets_message
+from pipeline.physics.bounds import cramer_rao, fisher_information
+from pipeline.physics.grid import cell_centres_px, target_map
+from pipeline.physics.psf import render
+from pipeline.physics.sensor import Sensor
+from pipeline.stages.report import Report, count_posterior
+from pipeline.stages.unmix import Unmix
+
+SENSOR = Sensor(id="roof", sigma_px=0.5, full_scale=16383, read_noise=6.0, gain=8.0)
+BACKGROUND = 1000.0
+
+
+class PerfectEngine(Engine):
+    """Knows the truth; remembers what it was shown."""
+
+    def __init__(self, map_BHW, scaling: str) -> None:
+        super().__init__(
+            Manifest(
+                name="perfect",
+                network="dista_net",
+                settings={},
+                size_px=11,
+                c=3,
+                sigma_px=0.5,
+                scaling=scaling,
+                sensor=SensorNeeds(),
+                detection_threshold=0.2,
+                profile="field",
+                seed=0,
+                samples=0,
+                training_s=0.0,
+                loss=0.0,
+                cso_map=0.0,
+                parameters=0,
+                onnx_sha256="a" * 64,
+                weights_sha256="b" * 64,
+                versions={},
+            )
+        )
+        self.map_BHW, self.seen = map_BHW.astype(np.float32), []
+
+    def _infer_into(self, map_BHW, patch_BHW) -> None:
+        self.seen.append(patch_BHW.copy())
+        unit = self.unit if self.manifest.scaling == "peak" else SENSOR.full_scale
+        map_BHW[...] = self.map_BHW / unit
+
+    def close(self) -> None:
+        pass
+
+
+def scene(groups):
+    """Patches of groups given as lists of (x, y, intensity), and the true map in counts."""
+    batch = len(groups)
+    width = max(map(len, groups))
+    padded = np.zeros((batch, width, 3))
+    for row, group in zip(padded, groups, strict=True):
+        row[: len(group)] = group
+    xy_px, intensity = padded[..., :2], padded[..., 2]
+    counts = BACKGROUND + render(xy_px, intensity, (11, 11), SENSOR.sigma_px)
+    patches = Patches(
+        info=FrameInfo(3, "roof", 0, "utc", (512, 640)),
+        counts_BHW=counts.astype(np.float32),
+        background_BHW=np.full_like(counts, BACKGROUND, dtype=np.float32),
+        usable_BHW=np.ones(counts.shape, dtype=np.bool_),
+        origin_px=np.array([[100 * k, 50] for k in range(batch)], dtype=np.int32),
+        group=np.arange(batch, dtype=np.int32),
+        bbox_px=np.zeros((batch, 4), dtype=np.int32),
+        snr=np.ones(batch, dtype=np.float32),
+        flags=np.zeros(batch, dtype=np.uint16),
+    )
+    return patches, target_map(xy_px, intensity, 11, 3)
+
+
+CELL = cell_centres_px(11, 3)
+GROUPS = [
+    [(CELL[16], CELL[16], 2000.0)],
+    [(CELL[15], CELL[15], 1500.0), (CELL[17], CELL[16], 1400.0)],
+]
+
+
+@pytest.mark.parametrize("scaling", ["full_scale", "peak"])
+def test_counts_and_frame_coordinates_survive_the_network_units(scaling):
+    patches, truth = scene(GROUPS)
+    engine = PerfectEngine(truth, scaling)
+    signal = patches.counts_BHW - patches.background_BHW
+    engine.unit = signal.max(axis=(1, 2))[:, None, None]
+    unmixed = Unmix(Unmix.Config(threshold=0.01), SENSOR, engine).process(patches)
+    order = np.lexsort((unmixed.xy_px[:, 0], unmixed.patch))
+    assert unmixed.patch[order].tolist() == [0, 1, 1]
+    expected = np.array(
+        [
+            [CELL[16], 50 + CELL[16]],
+            [100 + CELL[15], 50 + CELL[15]],
+            [100 + CELL[17], 50 + CELL[16]],
+        ]
+    )
+    assert_allclose(unmixed.xy_px[order], expected, atol=1e-6)
+    assert_allclose(unmixed.intensity[order], [2000.0, 1500.0, 1400.0], rtol=1e-5)
+    unit = SENSOR.full_scale if scaling == "full_scale" else engine.unit
+    assert_allclose(engine.seen[0], signal / unit, rtol=1e-6)
+
+
+def test_unusable_pixels_are_shown_as_background():
+    patches, truth = scene(GROUPS[:1])
+    patches.counts_BHW[0, 2, 2] = 16000.0
+    patches.usable_BHW[0, 2, 2] = False
+    engine = PerfectEngine(truth, "full_scale")
+    Unmix(Unmix.Config(), SENSOR, engine).process(patches)
+    assert engine.seen[0][0, 2, 2] == 0.0
+
+
+def test_a_frame_without_groups_passes_all_stages():
+    patches, truth = scene(GROUPS[:1])
+    empty = Patches(
+        patches.info,
+        *(array[:0] for array in (patches.counts_BHW, patches.background_BHW, patches.usable_BHW)),
+        *(array[:0] for array in (patches.origin_px, patches.group, patches.bbox_px)),
+        patches.snr[:0],
+        patches.flags[:0],
+    )
+    unmixed = Unmix(Unmix.Config(), SENSOR, PerfectEngine(truth, "peak")).process(empty)
+    report = Report(Report.Config(), SENSOR).process(unmixed)
+    message = targets_message(report, stage_ns={}, age_ns=1, gap=[], config="c")
+    check_wire(message)
+    assert message["targets"]["id"] == []
+    assert message["groups"]["id"] == []
+
+
+def unmixed_from(groups) -> Unmixed:
+    patches, _ = scene(groups)
+    rows = [(k, x + 100 * k, y + 50, g) for k, group in enumerate(groups) for x, y, g in group]
+    table = np.array(rows)
+    return Unmixed(
+        patches=patches,
+        patch=table[:, 0].astype(np.int32),
+        xy_px=table[:, 1:3],
+        intensity=table[:, 3],
+        cell_px=1 / 3,
+        engine="abc",
+        source="perfect",
+    )
+
+
+def test_covariance_is_the_bound_of_the_whole_group_plus_the_cell():
+    groups = [[(5.1, 4.8, 900.0)], [(4.7, 5.0, 1500.0), (5.3, 5.2, 700.0)]]
+    report = Report(Report.Config(min_snr=0.0), SENSOR).process(unmixed_from(groups))
+    row = 0
+    for group in groups:
+        array = np.array(group)
+        bound = cramer_rao(
+            fisher_information(
+                array[:, :2], array[:, 2], BACKGROUND, (11, 11), SENSOR, with_background=True
+            )
+        )
+        for k in range(len(group)):
+            block = bound[3 * k : 3 * k + 3, 3 * k : 3 * k + 3]
+            cell = (1 / 3) ** 2 / 12
+            expected = [block[0, 0] + cell, block[0, 1], block[1, 1] + cell]
+            assert_allclose(report.cov_px2[row], expected, rtol=1e-9)
+            assert_allclose(report.intensity_sigma[row], np.sqrt(block[2, 2]), rtol=1e-9)
+            row += 1
+    assert report.group.tolist() == [0, 1, 1]
+
+
+def test_snr_of_an_isolated_target_is_that_of_the_matched_filter():
+    intensity = 30.0  # faint: the noise is that of the background
+    report = Report(Report.Config(min_snr=0.0), SENSOR).process(
+        unmixed_from([[(5.0, 5.0, intensity)]])
+    )
+    psf = render(np.array([[5.0, 5.0]]), np.array([1.0]), (11, 11), SENSOR.sigma_px)
+    deviation = np.sqrt(36.0 + BACKGROUND / 8.0 + 1 / 12)
+    assert_allclose(report.snr[0], intensity * np.sqrt(np.sum(psf**2)) / deviation, rtol=0.02)
+
+
+def test_insignificant_targets_are_left_out_and_their_group_stays():
+    report = Report(Report.Config(min_snr=4.0), SENSOR).process(
+        unmixed_from([[(5.0, 5.0, 10.0)], [(5.0, 5.0, 900.0)]])
+    )
+    assert report.group.tolist() == [1]
+    assert len(report.bbox_px) == 2
+    assert_allclose(report.count_posterior[0], [1, 0, 0, 0, 0, 0])
+    assert report.count_posterior[1, 1] > 0.99
+
+
+def test_flags_of_the_group_are_its_targets_flags():
+    unmixed = unmixed_from([[(5.0, 5.0, 900.0)]])
+    unmixed.patches.flags[0] = Flag.EDGE | Flag.SATURATED
+    report = Report(Report.Config(), SENSOR).process(unmixed)
+    message = targets_message(report, stage_ns={}, age_ns=0, gap=[1, 2], config="c")
+    check_wire(message)
+    assert message["targets"]["flags"] == [["edge", "saturated"]]
+    assert message["groups"]["flags"] == [["edge", "saturated"]]
+    assert message["gap"] == [1, 2]
+
+
+def test_count_posterior_is_poisson_binomial():
+    posterior = count_posterior(np.array([1, 1, 1], dtype=np.int32), np.array([0.5, 0.2, 1.0]), 2)
+    assert_allclose(posterior[0], [1, 0, 0, 0, 0, 0])
+    assert_allclose(posterior[1], [0, 0.4, 0.5, 0.1, 0, 0], atol=1e-12)
+    six = count_posterior(np.zeros(6, dtype=np.int32), np.full(6, 1.0), 1)
+    assert_allclose(six[0], [0, 0, 0, 0, 0, 1])
+
+
+def test_stages_are_built_from_their_context():
+    context = Context(sensor=SENSOR)
+    assert isinstance(Report.build(Report.Config(), context), Report)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"frame_seq": "1"}, "frame_seq"),
+        ({"age_ns": float("nan")}, "age_ns"),
+        ({"surprise": 1}, "surprise"),
+        ({"schema": "irst.targets/2"}, "schema"),
+    ],
+)
+def test_a_message_that_does_not_fit_the_schema_is_named(change, field):
+    report = Report(Report.Config(), SENSOR).process(unmixed_from(GROUPS))
+    message = targets_message(report, stage_ns={}, age_ns=0, gap=[], config="c")
+    with pytest.raises(ValueError, match=field):
+        check_wire(message | change)
+
+
+def test_nan_never_passes_the_schema():
+    report = Report(Report.Config(), SENSOR).process(unmixed_from(GROUPS))
+    message = targets_message(report, stage_ns={}, age_ns=0, gap=[], config="c")
+    message["targets"]["x_px"][0] = float("nan")
+    with pytest.raises(ValueError, match="x_px"):
+        check_wire(message)
