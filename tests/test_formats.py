@@ -169,9 +169,15 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_writing_into_no_folder_is_one_line(tmp_path):
-    with pytest.raises(PipelineError, match="does not exist; make it first") as error:
-        write_csist(tmp_path / "none" / "x.zarr", PROFILES["interior"], 5, 1)
+def test_the_folder_is_made_if_need_be(tmp_path):
+    write_csist(tmp_path / "new" / "x.zarr", PROFILES["interior"], 5, 1)
+    assert len(read_csist(tmp_path / "new" / "x.zarr")) == 5
+
+
+def test_writing_where_no_folder_can_be_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(PipelineError, match="cannot write there") as error:
+        write_csist(tmp_path / "file" / "x.zarr", PROFILES["interior"], 5, 1)
     one_line(error)
 
 

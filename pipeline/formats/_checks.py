@@ -172,9 +172,8 @@ class NewGroup:
         self.path = path
         self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         self._refuse_existing()
-        if not path.parent.is_dir():
-            raise PipelineError(f"{path}: folder {path.parent} does not exist; make it first")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self.group = zarr.open_group(str(self._partial), mode="w-", zarr_format=3)
         except (OSError, ValueError) as error:
             raise PipelineError(f"{path}: cannot write there ({error})") from error

@@ -1,0 +1,66 @@
+"""The main job, measured: fresh scenes and fresh benchmark data through the shipped engines."""
+
+import numpy as np
+import pytest
+from conftest import write_scene
+
+from engines.loader import MODELS
+from engines.manifest import read_manifest
+from pipeline.config import load_config
+from pipeline.formats.csist import write_csist
+from pipeline.physics.groups import PROFILES
+from pipeline.physics.score import match_at_gate
+from pipeline.runtime import replay
+from pipeline.sources.zarr_recording import ZarrRecording
+from pipeline.summary import Summary, score
+
+FRESH_SEED = 7_000_001
+
+
+def replayed(path):
+    config = load_config(None, source={"kind": "zarr_recording", "path": str(path)})
+    source = ZarrRecording.build(config.source, {})
+    summary = Summary()
+    for message, _ in replay.in_process(config, source):
+        summary.add(message)
+    source.close()
+    assert summary.balanced
+    return summary, source.truth
+
+
+@pytest.fixture(scope="module")
+def scene_run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("acceptance") / "scene.zarr"
+    write_scene(path, 40, seed=FRESH_SEED)
+    return replayed(path)
+
+
+def test_seeds_of_the_tests_were_never_trained_on():
+    for path in MODELS.glob("*.json"):
+        assert read_manifest(path).seed < FRESH_SEED
+
+
+def test_isolated_targets_are_found_within_a_quarter_pixel(scene_run):
+    summary, truth = scene_run
+    hits = total = 0
+    for seq, found in summary.found.items():
+        true = truth.of_frame(seq)
+        distance = np.hypot(*np.moveaxis(true[:, None] - true[None], -1, 0))
+        np.fill_diagonal(distance, np.inf)
+        isolated = true[distance.min(axis=1) > 11.0]
+        hits += len(match_at_gate(found, isolated, 0.25))
+        total += len(isolated)
+    assert total > 300
+    assert hits / total >= 0.97
+
+
+def test_false_alarms_are_rarer_than_one_a_frame(scene_run):
+    assert score(*scene_run).false_alarms_per_frame <= 1.0
+
+
+def test_the_benchmark_engine_reaches_the_grid_on_fresh_data(tmp_path):
+    path = tmp_path / "csist.zarr"
+    write_csist(path, PROFILES["csist-100k"], 512, FRESH_SEED)
+    summary, truth = replayed(path)
+    assert summary.frames == 2
+    assert score(summary, truth).cso_map >= 0.40

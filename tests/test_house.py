@@ -1,0 +1,99 @@
+"""What a newcomer meets first: README, ./run, the container files, the commands' help."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.component import available
+from pipeline.config import load_config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHELL_BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in SHELL_BLOCKS for line in block.strip().splitlines()]
+
+
+def test_readme_shows_the_two_commands():
+    assert {"./run demo", "./run test"} <= set(COMMANDS)
+    assert "./run test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_other_command_of_the_readme_works(command, tmp_path):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for line in COMMANDS:
+        program, *words = shlex.split(line)
+        if program == "./run":
+            continue
+        words = [str(tmp_path / word) if "/" in word and ":" not in word else word for word in words]
+        result = command(Path(program).name, *words)
+        assert result.returncode == 0, f"{line}\n{result.stderr}"
+
+
+def test_python_blocks_of_the_readme_name_what_exists():
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        compile(block, "README.md", "exec")
+        for module, name in re.findall(r"from (\S+) import (\w+)", block):
+            assert hasattr(__import__(module, fromlist=[name]), name)
+
+
+@pytest.mark.parametrize("words", [(), ("nonsense",)])
+def test_run_without_a_command_says_which_there_are(words):
+    result = subprocess.run(["./run", *words], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    for name in ("demo", "test", "check", "bench"):
+        assert re.search(rf"^  {name} ", result.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize("script", ["run", ".ci/run"])
+def test_scripts_are_sound_bash(script):
+    subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("program", ["pipeline", "trainer"])
+def test_every_command_has_help(command, program):
+    result = command(program, "--help")
+    assert result.returncode == 0
+    names = re.findall(r"^│ (\w[\w-]*) ", result.stdout, re.MULTILINE)
+    assert len(names) >= 4
+    for name in names:
+        shown = command(program, name, "--help")
+        assert shown.returncode == 0
+        assert "Usage" in shown.stdout
+
+
+def test_every_source_and_stage_can_be_loaded_by_name():
+    from pipeline.component import component
+
+    for kind in ("source", "stage"):
+        for name in available(kind):
+            assert component(kind, name).Config
+
+
+def dockerfiles():
+    return sorted((ROOT / "docker").glob("Dockerfile.*"))
+
+
+@pytest.mark.parametrize("path", dockerfiles(), ids=lambda path: path.name)
+def test_images_copy_only_what_exists_and_run_a_valid_configuration(path):
+    text = path.read_text()
+    for sources in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE):
+        for source in sources.split():
+            assert (ROOT / source).exists(), source
+    config = re.search(r'CMD \["run", "--config", "/etc/irst/(\S+)"\]', text)
+    assert config
+    load_config(ROOT / "configs" / config.group(1))
+
+
+def test_compose_joins_pipeline_and_subscriber_by_one_socket():
+    compose = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
+    services = compose["services"]
+    assert services["pipeline"]["command"][:2] == ["run", "--config"]
+    config = load_config(ROOT / "configs" / Path(services["pipeline"]["command"][2]).name)
+    assert services["subscriber"]["command"][:2] == ["subscribe", config.publish.endpoint]
+    folder = str(Path(config.publish.endpoint.removeprefix("ipc://")).parent)
+    for service in services.values():
+        assert any(volume.endswith(f":{folder}") for volume in service["volumes"])
