@@ -86,6 +86,9 @@ class Manifest(BaseModel):
     scaling: Scaling
     sensor: SensorNeeds
     detection_threshold: float = Field(gt=0.0, description="network units")
+    separate: float = Field(
+        ge=0.0, le=1.0, description="a peak has this share of its largest neighbour; 0: any cell"
+    )
     max_batch: int = Field(16, ge=1, le=4096, description="patches inferred at a time")
     profile: str = Field(description="data it was trained on")
     seed: int

@@ -72,6 +72,7 @@ def write_engine(folder: Path, name: str = "linear", **fields: object) -> Path:
         "scaling": "full_scale",
         "sensor": {"sigma_px": 0.5},
         "detection_threshold": 50 / 255,
+        "separate": 0.0,
         "max_batch": MAX_BATCH,
         "profile": "csist-100k",
         "seed": 1,

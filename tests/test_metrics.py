@@ -143,6 +143,7 @@ def manifest(**fields: object) -> Manifest:
         "scaling": "full_scale",
         "sensor": SensorNeeds(),
         "detection_threshold": 50 / 255,
+        "separate": 0.0,
         "profile": "csist-100k",
         "seed": 0,
         "samples": 0,

@@ -34,6 +34,7 @@ class PerfectEngine(Engine):
                 scaling=scaling,
                 sensor=SensorNeeds(),
                 detection_threshold=0.2,
+                separate=0.5,
                 profile="field",
                 seed=0,
                 samples=0,

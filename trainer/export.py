@@ -31,6 +31,15 @@ PARITY_TOLERANCE = 1e-4
 """Largest allowed difference between the engine's map and torch's, both f32, network units."""
 
 PARITY_PATCHES = 64
+READING: dict[Scaling, dict[str, float]] = {
+    # The benchmark's own: every cell of 50 or more (of 255) is a target.
+    "full_scale": {"detection_threshold": DETECTION_THRESHOLD, "separate": 0.0},
+    # Of real sensors, where brightness is unknown and an uncertain target spreads over cells, the
+    # local maxima: measured on scenes, at least as good a CSO-mAP with a tenth of the false alarms.
+    "peak": {"detection_threshold": 0.3, "separate": 1.0},
+}
+"""How the pipeline reads a map, by network unit."""
+
 LIBRARIES = ("irst-pipeline", "torch", "onnx", "onnxscript", "openvino")
 
 
@@ -146,7 +155,7 @@ def _facts(config: FitConfig, network: UnmixingNetwork, record: dict[str, float]
         "sigma_px": network.config.sigma_px,
         "scaling": config.scaling,
         "sensor": sensor_needs(profile_for(config.profile, network), config.scaling),
-        "detection_threshold": DETECTION_THRESHOLD,
+        **READING[config.scaling],
         "profile": config.profile,
         "seed": config.seed,
         "samples": int(record["samples"]),

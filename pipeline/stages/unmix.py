@@ -18,19 +18,20 @@ class Unmix(Stage[Patches, Unmixed]):
     """Runs all patches of a frame through the engine as one batch."""
 
     class Config(Settings):
-        """threshold: in network units, None = the engine's own; separate: see `local_maxima`.
+        """threshold (network units), separate: see `local_maxima`; None = the engine's own.
 
         threads: of one process; more cores are better used by more replicas of the node.
         """
 
         threshold: float | None = Field(None, gt=0.0)
-        separate: float = Field(0.5, gt=0.0, le=1.0)
+        separate: float | None = Field(None, ge=0.0, le=1.0)
         threads: int = Field(1, ge=1, le=256)
 
     def __init__(self, config: Config, sensor: Sensor, engine: Engine) -> None:
-        self._config, self._sensor, self._engine = config, sensor, engine
+        self._sensor, self._engine = sensor, engine
         manifest = engine.manifest
         self._threshold = config.threshold or manifest.detection_threshold
+        self._separate = manifest.separate if config.separate is None else config.separate
 
     @classmethod
     def build(cls, config: Config, context: Context) -> Self:
@@ -45,7 +46,7 @@ class Unmix(Stage[Patches, Unmixed]):
         signal = signal.astype(np.float32)
         unit = network_unit(signal, manifest.scaling, self._sensor.full_scale)
         maps = self._engine.infer(signal / unit[:, None, None])
-        peaks = local_maxima(maps, manifest.c, self._threshold, separate=self._config.separate)
+        peaks = local_maxima(maps, manifest.c, self._threshold, separate=self._separate)
         return Unmixed(
             patches=message,
             patch=peaks.image.astype(np.int32),
