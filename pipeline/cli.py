@@ -54,12 +54,17 @@ def replay(
     publish: Annotated[
         str | None, typer.Option(help=f"Publish to others too, e.g. {DEFAULT_ENDPOINT}.")
     ] = None,
+    wait_for: Annotated[
+        int | None, typer.Option(min=0, help="Start when so many others have subscribed.")
+    ] = None,
 ) -> None:
     """Replay a recording: every frame, none dropped, and scored if it has truth."""
     from pipeline.runtime import replay as run
 
     source_settings = {**_file_source(recording), **_rate(rate)}
-    settings = load_config(config, source=source_settings, engine=engine, publish=publish)
+    given = {"endpoint": publish, "wait_for": wait_for}
+    published = {name: value for name, value in given.items() if value is not None}
+    settings = load_config(config, source=source_settings, engine=engine, publish=published)
     console = Console()
     with contextlib.ExitStack() as stack:
         source = open_source(settings)

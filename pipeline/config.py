@@ -62,6 +62,7 @@ class PublishSettings(Settings):
     endpoint: str | None = None
     queue: int = Field(1000, ge=1, description="messages a slow subscriber may fall behind")
     heartbeat_s: float = Field(1.0, gt=0.0)
+    wait_for: int = Field(0, ge=0, description="subscribers to wait for before the first frame")
 
     @field_validator("endpoint")
     @classmethod
@@ -109,13 +110,13 @@ def load_config(
     *,
     source: dict[str, Any] | None = None,
     engine: str | None = None,
-    publish: str | None = None,
+    publish: dict[str, Any] | None = None,
     default_endpoint: str | None = None,
 ) -> PipelineConfig:
     """Read and check a configuration file; `source`, `engine`, `publish` override what it says.
 
-    publish: endpoint; default_endpoint: used if there is none otherwise. Without a file every
-    setting has its default. Raises PipelineError naming file, path of the
+    default_endpoint: published on if nothing else is said. Without a file every setting has its
+    default. Raises PipelineError naming file, path of the
     field and the fields that exist there.
     """
     where = str(path) if path else "configuration"
@@ -139,8 +140,7 @@ def load_config(
         raise PipelineError(f"{where}: engine must be a name or a path, got {engine!r}")
     published = data.get("publish") or {}
     if isinstance(published, dict):
-        endpoint = publish or published.get("endpoint") or default_endpoint
-        published = {**published, "endpoint": endpoint}
+        published = {"endpoint": default_endpoint, **published, **(publish or {})}
     return PipelineConfig(
         source_kind=kind,
         source=_section(component("source", kind).Config, chosen, "source", where),

@@ -26,6 +26,7 @@ class Flag(IntFlag):
     EXTENDED = 8  # wider than any group of point sources: never unmixed
     MERGED = 16  # several blobs, one window
     OVERFLOW = 32  # left out: more blobs in the frame than detect.max_blobs
+    CLUTTER = 64  # its surroundings are no plane (horizon, building): never unmixed
 
     @property
     def names(self) -> list[str]:
@@ -81,7 +82,7 @@ class Blobs:
 
 @dataclass(frozen=True)
 class Patches:
-    """Windows round the groups that can be unmixed; extended groups have none."""
+    """Windows round the groups that can be unmixed; the others (EXTENDED, CLUTTER…) have none."""
 
     info: FrameInfo
     counts_BHW: NDArray[np.float32]

@@ -10,7 +10,7 @@ from pipeline.physics.psf import render
 from pipeline.physics.sensor import Sensor
 from pipeline.stages.crop import Crop
 
-SENSOR = Sensor(full_scale=4095)
+SENSOR = Sensor(full_scale=4095, read_noise=60.0)
 
 
 def crop(pixels_HW, xy_px, flags=None, usable_HW=None, tiling=None, snr=None):
@@ -130,3 +130,17 @@ def test_no_blobs_no_patches(pixels_HW):
 def test_tiles_smaller_than_a_window_are_refused(pixels_HW):
     with pytest.raises(PipelineError, match="8×8 px is smaller than the 11×11 window"):
         crop(pixels_HW, [[3, 3]], tiling=Tiling(8, 16))
+
+
+def test_a_blob_on_a_horizon_is_a_group_without_window(pixels_HW):
+    pixels_HW[31:] += 2000
+    patches = crop(pixels_HW, [[20.0, 30.0], [50.0, 9.0]])
+    assert [Flag(int(flags)) for flags in patches.flags] == [Flag.CLUTTER, Flag(0)]
+    np.testing.assert_array_equal(patches.group, [1])
+    np.testing.assert_array_equal(patches.origin_px, [[45, 4]])
+
+
+def test_a_slope_is_no_clutter(pixels_HW):
+    slope_HW = pixels_HW + 20 * np.arange(80, dtype=np.uint16)
+    patches = crop(slope_HW, [[20.0, 30.0]])
+    assert patches.flags.tolist() == [0]

@@ -126,17 +126,39 @@ def test_gibberish_from_a_receiver_is_no_credit(endpoint):
 def test_a_subscriber_gets_topic_and_messagepack_map(endpoint):
     publisher = Publisher([endpoint], "roof", 100, lossless=False)
     subscriber = SubscriberSocket(endpoint, topic=b"me")
-    publisher.wait_subscriber(b"me", tick_until())
+    publisher.wait_subscribers(b"me", 0, tick_until())
     publisher.publish({"schema": "x", "n": [1, 2.5, None]}, tick_until())
     assert msgpack.unpackb(subscriber.receive(5.0)) == {"schema": "x", "n": [1, 2.5, None]}
     publisher.close()
     subscriber.close()
 
 
+def test_publishing_starts_when_all_who_were_waited_for_have_come(endpoint):
+    publisher = Publisher([endpoint], "roof", 100, lossless=True)
+    own = SubscriberSocket(endpoint, topic=b"me")
+    first = SubscriberSocket(endpoint)
+    late: list[SubscriberSocket] = []
+
+    def tick() -> None:
+        """The second of the two comes only after the wait has begun."""
+        if not late:
+            late.append(SubscriberSocket(endpoint))
+        in_time()
+
+    in_time = tick_until()
+    publisher.wait_subscribers(b"me", 2, tick)
+    (second,) = late
+    publisher.publish({"n": 1}, tick_until())
+    for end in (own, first, second):
+        assert msgpack.unpackb(end.receive(5.0)) == {"n": 1}
+        end.close()
+    publisher.close()
+
+
 def test_lossless_publishing_waits_and_loses_nothing(endpoint):
     publisher = Publisher([endpoint], "roof", 10, lossless=True)
     subscriber = SubscriberSocket(endpoint, queue=10, topic=b"me")
-    publisher.wait_subscriber(b"me", tick_until())
+    publisher.wait_subscribers(b"me", 0, tick_until())
     load = "y" * 100_000  # large enough that kernel buffers do not hide the queue
     received = []
 
@@ -161,7 +183,7 @@ def test_lossless_publishing_gives_up_on_a_subscriber_that_takes_nothing(endpoin
     monkeypatch.setattr(sockets, "STALL_S", 0.3)
     publisher = Publisher([endpoint], "roof", 2, lossless=True)
     subscriber = SubscriberSocket(endpoint, queue=2, topic=b"me")
-    publisher.wait_subscriber(b"me", tick_until())
+    publisher.wait_subscribers(b"me", 0, tick_until())
 
     def flood() -> None:
         for _ in range(1000):
@@ -176,7 +198,7 @@ def test_lossless_publishing_gives_up_on_a_subscriber_that_takes_nothing(endpoin
 def test_live_publishing_is_never_held_back_by_a_subscriber(endpoint):
     publisher = Publisher([endpoint], "roof", 2, lossless=False)
     stuck = SubscriberSocket(endpoint, queue=2, topic=b"stuck")
-    publisher.wait_subscriber(b"stuck", tick_until())
+    publisher.wait_subscribers(b"stuck", 0, tick_until())
     for number in range(500):
         publisher.publish({"n": number, "load": "y" * 100_000}, tick_until())
     seen = []

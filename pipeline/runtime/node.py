@@ -257,7 +257,7 @@ def _run_back(task: NodeTask, control: ControlSender, tick: Any) -> None:
     reorder = Reorder()
     hop = _hop(task)
     try:
-        publisher.wait_subscriber(supervisor_topic(task.run_dir), tick)
+        publisher.wait_subscribers(supervisor_topic(task.run_dir), settings.wait_for, tick)
         output.start()
         receiver.open()
         control.send({"event": "started", "node": task.name})

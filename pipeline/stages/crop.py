@@ -4,10 +4,12 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from pipeline.component import Context, Settings, Stage
 from pipeline.errors import PipelineError
 from pipeline.messages import Blobs, Flag, Patches, Tiling
+from pipeline.physics import noise
 from pipeline.physics.background import plane_background
 from pipeline.physics.groups import SIZE_PX
 from pipeline.physics.sensor import Sensor
@@ -19,20 +21,27 @@ Integers = NDArray[np.int64]
 class Crop(Stage[Blobs, Patches]):
     """Windows of 11 × 11 px centred on the blobs' pixels, moved where frame or tile ends (EDGE).
 
-    EXTENDED and OVERFLOW blobs stay as groups without a window. Blobs of the same window become
-    one group, MERGED. Where a pixel is not usable, `counts_BHW` holds the background.
+    EXTENDED and OVERFLOW blobs stay as groups without a window, and so do those in CLUTTER: where
+    what surrounds the blob deviates from a plane by far more than the sensor's noise, nothing
+    could be told apart. Blobs of the same window become one group, MERGED. Where a pixel is not
+    usable, `counts_BHW` holds the background.
     """
 
     class Config(Settings):
-        """Nothing to set."""
+        """max_clutter: rms about the background plane over the sensor's noise, at most.
 
-    def __init__(self, sensor: Sensor) -> None:
-        self._sensor = sensor
+        Over clouds the scene's targets stay below 1.5; on a horizon it is 10 and more.
+        """
+
+        max_clutter: float = Field(5.0, gt=1.0)
+
+    def __init__(self, config: Config, sensor: Sensor) -> None:
+        self._config, self._sensor = config, sensor
 
     @classmethod
-    def build(cls, config: Config, context: Context) -> Self:  # noqa: ARG003, nothing to set
-        """Needs the sensor's full scale."""
-        return cls(context.sensor)
+    def build(cls, config: Config, context: Context) -> Self:
+        """Needs the sensor's noise and full scale."""
+        return cls(config, context.sensor)
 
     def process(self, message: Blobs) -> Patches:
         """One patch for each group that has a window, groups in the order of the blobs."""
@@ -52,22 +61,31 @@ class Crop(Stage[Blobs, Patches]):
         usable_BHW = message.usable_HW[here]
         counts_BHW = np.where(usable_BHW, message.pixels_HW[here], 0).astype(np.float32)
         centre = message.xy_px[first][group] - origin
-        plane_BHW, _ = plane_background(counts_BHW.astype(np.float64), centre, usable_BHW)
-        background_BHW = plane_BHW.astype(np.float32)
+        background_BHW, rms = plane_background(counts_BHW.astype(np.float64), centre, usable_BHW)
+        background_BHW = background_BHW.astype(np.float32)
         saturated = (usable_BHW & (counts_BHW >= self._sensor.full_scale)).any(axis=(1, 2))
+        cluttered = rms > self._config.max_clutter * self._noise(background_BHW)
         flags[group[saturated]] |= Flag.SATURATED
         flags[group[~usable_BHW.all(axis=(1, 2))]] |= Flag.BAD_PIXEL
+        flags[group[cluttered]] |= Flag.CLUTTER
+        calm = ~cluttered
         return Patches(
             info=message.info,
-            counts_BHW=np.where(usable_BHW, counts_BHW, background_BHW),
-            background_BHW=background_BHW,
-            usable_BHW=usable_BHW,
-            origin_px=origin.astype(np.int32),
-            group=group.astype(np.int32),
+            counts_BHW=np.where(usable_BHW, counts_BHW, background_BHW)[calm],
+            background_BHW=background_BHW[calm],
+            usable_BHW=usable_BHW[calm],
+            origin_px=origin[calm].astype(np.int32),
+            group=group[calm].astype(np.int32),
             bbox_px=bbox_px,
             snr=snr,
             flags=flags.astype(np.uint16),
         )
+
+    def _noise(self, background_BHW: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Deviation (B,) in counts that the sensor itself gives the background."""
+        level: NDArray[np.float64] = background_BHW.mean(axis=(1, 2), dtype=np.float64)
+        deviation: NDArray[np.float64] = np.sqrt(noise.variance(level, self._sensor))
+        return deviation
 
 
 def clamped(origin: Integers, shape: tuple[int, ...], tiling: Tiling | None) -> Integers:

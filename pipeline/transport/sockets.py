@@ -179,14 +179,21 @@ class Publisher:
         self._socket = _socket(zmq.XPUB)
         self._socket.setsockopt(zmq.SNDHWM, queue)
         self._socket.setsockopt(zmq.XPUB_NODROP, lossless)
+        self._socket.setsockopt(zmq.XPUB_VERBOSE, 1)  # to count subscribers of one topic
         for endpoint in endpoints:
             _bind(self._socket, endpoint)
 
-    def wait_subscriber(self, topic: bytes, tick: Tick) -> None:
-        """Return once somebody has subscribed to exactly this topic."""
-        while True:
-            if self._socket.poll(POLL_MS) and self._socket.recv() == b"\x01" + topic:
-                return
+    def wait_subscribers(self, topic: bytes, others: int, tick: Tick) -> None:
+        """Return once somebody has subscribed to exactly this topic, and `others` to targets.
+
+        Whoever subscribes to the topic subscribes to targets too, and is not one of the others.
+        """
+        known, targets = False, 0
+        while not known or targets <= others:
+            if self._socket.poll(POLL_MS):
+                event = self._socket.recv()
+                known |= event == b"\x01" + topic
+                targets += event.startswith(b"\x01targets.")
             tick()
 
     def publish(self, message: dict[str, Any], tick: Tick) -> None:
