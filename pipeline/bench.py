@@ -157,7 +157,7 @@ def four_hops_ms(frames: int) -> list[float]:
         endpoints = [f"ipc://{folder}/{hop}" for hop in range(HOPS)]
         first = CreditSender(endpoints[0], receivers=1, queue=1)
         relays = [
-            threading.Thread(target=_relay, args=(endpoints[hop], endpoints[hop + 1]))
+            threading.Thread(target=_relay, args=(endpoints[hop], endpoints[hop + 1]), daemon=True)
             for hop in range(HOPS - 1)
         ]
         for relay in relays:

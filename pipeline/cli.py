@@ -2,8 +2,8 @@
 
 import contextlib
 import json
-import logging
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,12 +30,14 @@ ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML config
 EngineOption = Annotated[
     str | None, typer.Option("--engine", help="Name of a shipped engine, or path of a manifest.")
 ]
+MIN_RATE_HZ, MAX_RATE_HZ = 1e-3, 1e6
+TERMINATED = 128 + signal.SIGTERM
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5556"
 
 
 def main() -> None:
     """Run the command."""
-    logging.basicConfig(level=logging.CRITICAL)
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(TERMINATED))
     run_app(app, "pipeline")
 
 
@@ -79,8 +81,8 @@ def replay(
             summary.add(message)
             if message["schema"] == "irst.targets/1":
                 progress.advance(task)
-                if lines:
-                    lines.write(json.dumps(message) + "\n")
+                if out:
+                    _write_line(out, lines, message)
         truth = source.truth
     print_summary(console, summary, score(summary, truth) if truth is not None else None)
     if not summary.balanced:
@@ -101,9 +103,10 @@ def run(config: ConfigOption = None, engine: EngineOption = None) -> None:
     console = Console()
     status = LiveStatus(console)
     end = None
-    with Supervisor(settings, "live", sensor, shape) as supervisor:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda _number, _frame: supervisor.stop())
+    supervisor = Supervisor(settings, "live", sensor, shape)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda _number, _frame: supervisor.stop())
+    with supervisor:
         console.print(f"publishing {sensor.id} on {settings.publish.endpoint}; Ctrl-C ends it")
         for message, _ in supervisor.messages():
             status.add(message)
@@ -115,14 +118,14 @@ def run(config: ConfigOption = None, engine: EngineOption = None) -> None:
 
 
 class LiveStatus:
-    """One line a second: what went out, how old it was, what was lost."""
+    """A line about every second: what went out, how old it was, what was lost."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._reset()
 
     def _reset(self) -> None:
-        self._next = time.monotonic() + 1.0
+        self._since = time.monotonic()
         self._frames, self._targets, self._lost, self._oldest_ns = 0, 0, 0, 0
 
     def add(self, message: dict[str, Any]) -> None:
@@ -133,9 +136,10 @@ class LiveStatus:
             self._oldest_ns = max(self._oldest_ns, message["age_ns"])
         elif message["schema"] == "irst.gap/1":
             self._lost += 1
-        if time.monotonic() >= self._next:
+        seconds = time.monotonic() - self._since
+        if seconds >= 1.0:
             self._console.print(
-                f"{self._frames} frames/s, {self._targets} targets/s, "
+                f"{self._frames / seconds:.1f} frames/s, {self._targets / seconds:.0f} targets/s, "
                 f"oldest {self._oldest_ns / 1e6:.1f} ms, {self._lost} lost",
                 highlight=False,
             )
@@ -148,7 +152,9 @@ def subscribe(
     as_json: Annotated[
         bool, typer.Option("--json", help="Every message as a line of JSON.")
     ] = False,
-    count: Annotated[int | None, typer.Option(help="End after so many target messages.")] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="End after so many target messages.")
+    ] = None,
 ) -> None:
     """Print the targets a pipeline publishes, until its stream ends."""
     from pipeline.client import subscribe as subscription
@@ -266,12 +272,12 @@ def _file_source(path: Path) -> dict[str, Any]:
 def _rate(rate: str) -> dict[str, Any]:
     if rate == "max":
         return {}
-    try:
-        return {"rate_hz": float(rate)}
-    except ValueError:
-        raise PipelineError(
-            f"--rate must be a number of frames a second or max, got {rate}"
-        ) from None
+    with contextlib.suppress(ValueError):
+        if MIN_RATE_HZ <= float(rate) <= MAX_RATE_HZ:
+            return {"rate_hz": float(rate)}
+    raise PipelineError(
+        f"--rate must be max or frames a second from {MIN_RATE_HZ:g} to {MAX_RATE_HZ:g}, got {rate}"
+    )
 
 
 def _open_output(path: Path) -> Any:
@@ -280,6 +286,13 @@ def _open_output(path: Path) -> Any:
         return path.open("w", encoding="utf-8")
     except OSError as error:
         raise PipelineError(f"{path}: cannot write there ({error.strerror})") from error
+
+
+def _write_line(path: Path, lines: Any, message: dict[str, Any]) -> None:
+    try:
+        lines.write(json.dumps(message) + "\n")
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def _progress() -> Progress:

@@ -11,6 +11,7 @@ publish:  {endpoint: tcp://127.0.0.1:5556}
 import hashlib
 import json
 import re
+import reprlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,25 +20,31 @@ import cv2
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.component import Settings, component
 from pipeline.errors import PipelineError
-from pipeline.runtime.topology import TOPOLOGY, Node
+from pipeline.runtime.topology import TOPOLOGY, Node, flow_types
 
 S = TypeVar("S", bound=BaseModel)
 
-LOCAL_ENDPOINT = r"ipc://.+|tcp://(127(\.\d{1,3}){3}|localhost|\[::1\]):(\d{1,5}|\*)"
+LOCAL_ENDPOINT = (
+    r"ipc://[^@\0][^\0]*|tcp://(127(\.[0-9]{1,3}){3}|localhost):(?P<port>[0-9]{1,5}|\*)"
+)
+LAST_PORT = 65535
+MAX_SHOWN = 80
 
 
 class SensorSettings(Settings):
     """Fields of the sensor that the source does not know, or has wrong."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     id: str | None = Field(None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")
     sigma_px: float | None = Field(None, ge=0.1, le=5.0)
     full_scale: int | None = Field(None, ge=1, le=65535)
-    read_noise: float | None = Field(None, ge=0.0)
-    gain: float | None = Field(None, gt=0.0)
+    read_noise: float | None = Field(None, ge=0.0, le=1e6)
+    gain: float | None = Field(None, gt=0.0, le=1e9)
     ifov_rad: float | None = Field(None, gt=0.0)
     bad_pixels: Path | None = Field(None, description="PNG of the frame's size, not 0 = bad")
 
@@ -60,18 +67,26 @@ class PublishSettings(Settings):
     """Where target messages go out."""
 
     endpoint: str | None = None
-    queue: int = Field(1000, ge=1, description="messages a slow subscriber may fall behind")
-    heartbeat_s: float = Field(1.0, gt=0.0)
+    queue: int = Field(
+        1000, ge=1, le=1_000_000, description="messages a slow subscriber may fall behind"
+    )
+    heartbeat_s: float = Field(1.0, ge=0.1, le=3600.0)
     wait_for: int = Field(0, ge=0, description="subscribers to wait for before the first frame")
 
     @field_validator("endpoint")
     @classmethod
     def _local(cls, endpoint: str | None) -> str | None:
-        """Without authentication the stream stays on this machine."""
-        if endpoint is not None and not re.fullmatch(LOCAL_ENDPOINT, endpoint):
+        """Without authentication the stream stays on this machine, an ipc one with its owner."""
+        if endpoint is None:
+            return None
+        local = re.fullmatch(LOCAL_ENDPOINT, endpoint)
+        if not local:
             raise ValueError(
                 "must be ipc://PATH or tcp://127.0.0.1:PORT: without keys nobody else is let in"
             )
+        port = local["port"] or "*"
+        if port != "*" and not 1 <= int(port) <= LAST_PORT:
+            raise ValueError(f"the port must be 1…{LAST_PORT}, or * for any that is free")
         return endpoint
 
 
@@ -116,8 +131,7 @@ def load_config(
     """Read and check a configuration file; `source`, `engine`, `publish` override what it says.
 
     default_endpoint: published on if nothing else is said. Without a file every setting has its
-    default. Raises PipelineError naming file, path of the
-    field and the fields that exist there.
+    default. Raises PipelineError naming file, path of the field and the fields that exist there.
     """
     where = str(path) if path else "configuration"
     data = _read_yaml(path) if path else {}
@@ -129,7 +143,9 @@ def load_config(
         raise PipelineError(
             f"{where}: source must be a map with a `kind`, e.g. {{kind: synthetic}}"
         )
-    kind = str(chosen["kind"])
+    kind = chosen["kind"]
+    if not isinstance(kind, str):
+        raise PipelineError(f"{where}: source.kind must be a name, got {_short(kind)}")
     chosen = {key: value for key, value in chosen.items() if key != "kind"}
     known = ["source", "sensor", "engine", "topology", "publish", *stage_names]
     for key in data:
@@ -137,10 +153,10 @@ def load_config(
             raise PipelineError(f"{where}: unknown field `{key}`; known here: {', '.join(known)}")
     engine = engine if engine is not None else data.get("engine", "default")
     if not isinstance(engine, str):
-        raise PipelineError(f"{where}: engine must be a name or a path, got {engine!r}")
-    published = data.get("publish") or {}
-    if isinstance(published, dict):
-        published = {"endpoint": default_endpoint, **published, **(publish or {})}
+        raise PipelineError(f"{where}: engine must be a name or a path, got {_short(engine)}")
+    published = data.get("publish")
+    if published is None or isinstance(published, dict):
+        published = {"endpoint": default_endpoint, **(published or {}), **(publish or {})}
     return PipelineConfig(
         source_kind=kind,
         source=_section(component("source", kind).Config, chosen, "source", where),
@@ -160,7 +176,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise PipelineError(f"{path}: cannot read the configuration ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # Beside its own errors PyYAML lets through what odd scalars (2001-99-99, !!int "",
+        # !!timestamp x) and deep nesting trip over.
         first = " ".join(str(error).split())
         raise PipelineError(f"{path}: not valid YAML: {first}") from error
     if data is None:
@@ -189,7 +207,13 @@ def _explain(error: ValidationError, model: type[BaseModel], name: str) -> str:
         return f"field `{field}` is missing at {path}"
     place = f"{path}.{field}" if field else path
     message = fault["msg"][0].lower() + fault["msg"][1:]
-    return f"{place}: {message}, got {fault['input']!r}"
+    return f"{place}: {message}, got {_short(fault['input'])}"
+
+
+def _short(value: Any) -> str:
+    """A value for an error message; aliases can make it far larger than the file it is from."""
+    shown = reprlib.repr(value)
+    return shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + "…"
 
 
 def _topology(data: Any, where: str) -> tuple[Node, ...]:
@@ -215,6 +239,7 @@ def _topology(data: Any, where: str) -> tuple[Node, ...]:
                 f"{where}: topology.{name}.replicas must be 1, got {row.replicas}; "
                 "only nodes in between can have more"
             )
+    flow_types(rows, where)
     return tuple(rows)
 
 

@@ -27,6 +27,7 @@ class Flag(IntFlag):
     MERGED = 16  # several blobs, one window
     OVERFLOW = 32  # left out: more blobs in the frame than detect.max_blobs
     CLUTTER = 64  # its surroundings are no plane (horizon, building): never unmixed
+    CROWDED = 128  # more peaks in its window than are kept
 
     @property
     def names(self) -> list[str]:
@@ -190,7 +191,11 @@ class TargetColumns(_Columns):
 
 
 class GroupColumns(_Columns):
-    """One entry a group in every column; a group without targets is an extended object."""
+    """One entry a group in every column.
+
+    A group may be without targets: its flags say that it was not unmixed (extended, clutter,
+    overflow), otherwise nothing significant was found in it.
+    """
 
     id: list[int]
     bbox: list[Annotated[list[int], Field(min_length=4, max_length=4)]]

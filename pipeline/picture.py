@@ -1,18 +1,23 @@
 """A picture of one frame: boxes round its groups, and one group enlarged with its positions."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
-from pipeline.component import Source
+from pipeline.component import Source, Truth
 from pipeline.errors import PipelineError
+from pipeline.messages import Flag, TargetsMessage, check_wire
 
 ENLARGE = 40
 PANEL_PX = 13
+MARGIN_PX = 2
+NOT_UNMIXED = (Flag.EXTENDED | Flag.CLUTTER | Flag.OVERFLOW).names
 GREEN, ORANGE, RED, WHITE = (80, 220, 80), (40, 160, 255), (80, 80, 255), (255, 255, 255)
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 
@@ -20,47 +25,124 @@ Image = NDArray[np.uint8]
 
 
 def draw(source: Source, targets: Path, out: Path, frame: int | None) -> int:
-    """Write the PNG; returns the number of the frame drawn, by default one with a large group."""
+    """Write the PNG; returns the number of the frame drawn, by default that of the best group."""
+    _check_writable(out)
     messages = read_messages(targets)
-    number = frame if frame is not None else max(messages, key=lambda n: _largest(messages[n])[1])
-    if number not in messages:
-        raise PipelineError(f"{targets}: holds no frame {number}; choose another --frame")
+    if frame is not None:
+        if frame not in messages:
+            raise PipelineError(f"{targets}: holds no frame {frame}; choose another --frame")
+        messages = {frame: messages[frame]}
+    number, group = _best_group(messages, source.truth)
     pixels = next((f.pixels_HW for f in source.frames() if f.info.seq == number), None)
     if pixels is None:
         raise PipelineError(f"{targets}: frame {number} is not in the recording; give its own")
     message = messages[number]
     truth = source.truth.of_frame(number) if source.truth is not None else np.empty((0, 2))
-    left, right = _overview(pixels, message), _enlarged(pixels, message, truth)
+    left, right = _overview(pixels, message), _enlarged(pixels, message, group, truth)
     height = max(len(left), len(right))
     panels = [
         cv2.copyMakeBorder(panel, 0, height - len(panel), 0, 8, cv2.BORDER_CONSTANT)
         for panel in (left, right)
     ]
-    if not cv2.imwrite(str(out), np.hstack(panels)):
-        raise PipelineError(f"{out}: cannot write the picture; give a path that ends in .png")
+    _, png = cv2.imencode(".png", np.hstack(panels))
+    try:
+        out.write_bytes(png.tobytes())
+    except OSError as error:
+        raise PipelineError(f"{out}: cannot write the picture ({error.strerror})") from error
     return number
 
 
+def _check_writable(out: Path) -> None:
+    if out.suffix.lower() != ".png":
+        raise PipelineError(f"{out}: a picture is a PNG; give a path that ends in .png")
+    if not out.parent.is_dir():
+        raise PipelineError(f"{out}: no such folder {out.parent}; make it first")
+    if not os.access(out.parent, os.W_OK):
+        raise PipelineError(f"{out}: folder {out.parent} cannot be written; choose another")
+
+
 def read_messages(path: Path) -> dict[int, dict[str, Any]]:
-    """Target messages by frame number; raises PipelineError if the file holds something else."""
+    """Target messages by frame number; lines that hold other messages of a stream are left out.
+
+    Raises PipelineError naming the first line that is no message.
+    """
+    messages = {}
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        messages = {line["frame_seq"]: line for line in lines}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise PipelineError(
-            f"{path}: not target messages as lines of JSON; write them with replay --out"
-        ) from error
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, start=1):
+                message = _message(line, f"{path}: line {number}")
+                if message["schema"] == "irst.targets/1":
+                    messages[message["frame_seq"]] = message
+    except OSError as error:
+        raise PipelineError(f"{path}: cannot read target messages ({error.strerror})") from error
     if not messages:
-        raise PipelineError(f"{path}: holds no target message")
+        raise PipelineError(f"{path}: holds no target message; write them with replay --out")
     return messages
 
 
-def _largest(message: dict[str, Any]) -> tuple[int, int]:
-    """Group with the most targets, and how many it has."""
-    counts = np.bincount(
-        message["targets"]["group"], minlength=max(1, len(message["groups"]["id"]))
+def _message(line: str, where: str) -> dict[str, Any]:
+    """A line as a message that fits its schema and whose targets belong to its groups."""
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise PipelineError(f"{where} is not JSON; write messages with replay --out") from error
+    try:
+        checked = check_wire(message)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(map(str, fault["loc"]))
+        raise PipelineError(f"{where} does not fit its schema: {place}: {fault['msg']}") from error
+    except ValueError as error:
+        raise PipelineError(f"{where} is no message: {error}") from error
+    if isinstance(checked, TargetsMessage):
+        groups = len(checked.groups.id)
+        if not all(0 <= group < groups for group in checked.targets.group):
+            raise PipelineError(f"{where}: targets.group must name one of its {groups} groups")
+    result: dict[str, Any] = message
+    return result
+
+
+def _best_group(messages: dict[int, dict[str, Any]], truth: Truth | None) -> tuple[int, int | None]:
+    """Frame and row of the group to enlarge; (first frame, None) if there is no group at all.
+
+    With truth it is the group with the most true targets in its box of those in which targets
+    were found, else the one in which most were found, extended objects and clutter aside.
+    """
+    rows = [(number, group) for number in messages for group in range(_groups(messages[number]))]
+    if not rows:
+        return next(iter(messages)), None
+    found = np.concatenate([_found(message) for message in messages.values()])
+    if truth is not None:
+        true = [_true(message, truth.of_frame(number)) for number, message in messages.items()]
+        worth = np.where(found > 0, np.concatenate(true), 0)
+        if worth.any():
+            return rows[int(worth.argmax())]
+    point_like = [_reason(messages[number], group) is None for number, group in rows]
+    return rows[int(np.where(point_like, found, -1).argmax())]
+
+
+def _groups(message: dict[str, Any]) -> int:
+    return len(message["groups"]["id"])
+
+
+def _found(message: dict[str, Any]) -> NDArray[np.int64]:
+    """Number of targets found in each group (N,)."""
+    group = np.array(message["targets"]["group"], dtype=np.int64)
+    return np.bincount(group, minlength=_groups(message)).astype(np.int64)
+
+
+def _true(message: dict[str, Any], true_xy_px: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Number of true targets in the box of each group (N,), the box grown by MARGIN_PX."""
+    boxes = np.array(message["groups"]["bbox"], dtype=np.float64).reshape(-1, 1, 4)
+    inside = (true_xy_px >= boxes[..., :2] - MARGIN_PX) & (
+        true_xy_px <= boxes[..., 2:] - 1 + MARGIN_PX
     )
-    return int(counts.argmax()), int(counts.max())
+    return inside.all(axis=2).sum(axis=1).astype(np.int64)
+
+
+def _reason(message: dict[str, Any], group: int) -> str | None:
+    """Why a group was not unmixed."""
+    return next((flag for flag in message["groups"]["flags"][group] if flag in NOT_UNMIXED), None)
 
 
 def _grey(pixels: NDArray[Any]) -> Image:
@@ -73,22 +155,23 @@ def _grey(pixels: NDArray[Any]) -> Image:
 def _overview(pixels: NDArray[Any], message: dict[str, Any]) -> Image:
     """The frame, twice enlarged, with a box round each group."""
     image = cv2.resize(_grey(pixels), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
-    counts = np.bincount(message["targets"]["group"], minlength=len(message["groups"]["id"]))
+    counts = _found(message)
     for row, (x0, y0, x1, y1) in enumerate(message["groups"]["bbox"]):
-        extended = "extended" in message["groups"]["flags"][row]
-        colour = ORANGE if extended else GREEN
+        reason = _reason(message, row)
+        colour = GREEN if reason is None else ORANGE
         cv2.rectangle(image, (2 * x0 - 8, 2 * y0 - 8), (2 * x1 + 8, 2 * y1 + 8), colour, 1)
-        text = "extended" if extended else str(counts[row])
+        text = reason or str(counts[row])
         cv2.putText(image, text, (2 * x1 + 11, 2 * y0 + 2), FONT, 0.45, colour, 1, cv2.LINE_AA)
     text = f"frame {message['frame_seq']}: groups and their number of targets"
     cv2.putText(image, text, (8, 20), FONT, 0.5, WHITE, 1, cv2.LINE_AA)
     return image.astype(np.uint8)
 
 
-def _enlarged(pixels: NDArray[Any], message: dict[str, Any], truth: NDArray[np.float64]) -> Image:
-    """The window round the largest group: true positions as crosses, found ones as ellipses."""
-    group, _ = _largest(message)
-    x0, y0, x1, y1 = message["groups"]["bbox"][group] if message["groups"]["id"] else (0, 0, 1, 1)
+def _enlarged(
+    pixels: NDArray[Any], message: dict[str, Any], group: int | None, truth: NDArray[np.float64]
+) -> Image:
+    """The window round a group: true positions as crosses, found ones as ellipses."""
+    x0, y0, x1, y1 = (0, 0, 1, 1) if group is None else message["groups"]["bbox"][group]
     height, width = pixels.shape
     left = int(np.clip((x0 + x1) // 2 - PANEL_PX // 2, 0, max(0, width - PANEL_PX)))
     top = int(np.clip((y0 + y1) // 2 - PANEL_PX // 2, 0, max(0, height - PANEL_PX)))

@@ -82,14 +82,14 @@ class Score:
     cso_map: float
     ap: dict[float, float]
     pd: float  # share of true targets with one of their own within PD_GATE_PX
-    false_alarms_per_frame: float  # targets without a true one of their own within 1 px
+    false_alarms_per_frame: float  # targets without a true one within 1 px, a published frame
     rmse_px: float | None  # of the matches within PD_GATE_PX, radial
 
 
 def score(summary: Summary, truth: Truth) -> Score:
-    """Score all frames that were published."""
-    frames = sorted(summary.found)
-    found = [summary.found[seq] for seq in frames]
+    """Score all frames published or dropped; in a dropped one every true target was missed."""
+    frames = sorted(summary.found.keys() | {gap["frame_seq"] for gap in summary.dropped})
+    found = [summary.found.get(seq, np.empty((0, 3))) for seq in frames]
     true = [truth.of_frame(seq) for seq in frames]
     hits, spurious, squares = 0, 0, []
     for rows, xy_px in zip(found, true, strict=True):
@@ -103,7 +103,7 @@ def score(summary: Summary, truth: Truth) -> Score:
         cso_map=precision.mean,
         ap=precision.ap,
         pd=hits / total if total else 0.0,
-        false_alarms_per_frame=spurious / max(1, len(frames)),
+        false_alarms_per_frame=spurious / max(1, summary.frames),
         rmse_px=float(np.sqrt(np.mean(np.concatenate(squares)))) if hits else None,
     )
 

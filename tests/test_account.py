@@ -2,7 +2,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.messages import Dropped, EndMessage, Trace
-from pipeline.runtime.account import Account, Reorder
+from pipeline.runtime.account import MAX_GAP, MAX_REASONS, Account, Reorder
 
 TRACE = Trace(0, {})
 
@@ -33,3 +33,13 @@ def test_totals_always_add_up_and_gaps_name_each_lost_frame_once(outcomes):
     lost = [seq for seq, outcome in enumerate(outcomes) if outcome != "publish"]
     published = [seq for seq, outcome in enumerate(outcomes) if outcome == "publish"]
     assert gaps == [seq for seq in lost if published and seq < published[-1]]
+
+
+def test_a_run_of_months_keeps_a_bounded_account():
+    account = Account()
+    for seq in range(10_000):
+        account.drop(Dropped(seq, "unmix", f"odd number {seq}"))
+    assert account.total == 10_000
+    assert len(account.dropped) <= MAX_REASONS + 1
+    gap = account.publish()
+    assert gap == list(range(10_000 - MAX_GAP, 10_000))

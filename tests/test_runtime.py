@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from conftest import BIN
 from pipeline.component import Stage
 from pipeline.messages import Dropped, Frame, FrameInfo, Trace
 from pipeline.runtime.flow import Flow
+from pipeline.runtime.node import _shedding
+from pipeline.runtime.topology import TOPOLOGY
 
 
 def children(pid: int) -> list[int]:
@@ -44,7 +47,9 @@ def run_dir():
         yield Path(folder)
 
 
-def start(run_dir: Path, config: str, command: str = "run", *words: str) -> subprocess.Popen[str]:
+def start(
+    run_dir: Path, config: str, command: str = "run", *words: str, new_session: bool = False
+) -> subprocess.Popen[str]:
     file = run_dir / "config.yaml"
     file.write_text(config)
     return subprocess.Popen(
@@ -52,6 +57,7 @@ def start(run_dir: Path, config: str, command: str = "run", *words: str) -> subp
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=new_session,
         env={**os.environ, "TMPDIR": str(run_dir), "PYTHONUNBUFFERED": "1"},
     )
 
@@ -75,7 +81,7 @@ def first_status(process: subprocess.Popen[str]) -> list[str]:
     """Lines up to the first that tells of published frames."""
     lines = []
     assert process.stdout
-    while not re.match(r"[1-9]\d* frames/s", lines[-1] if lines else ""):
+    while not re.match(r"[1-9]\d*\.\d frames/s", lines[-1] if lines else ""):
         line = process.stdout.readline()
         assert line, process.communicate()
         lines.append(line)
@@ -113,17 +119,81 @@ def test_overload_sheds_the_oldest_frames_visibly(run_dir):
     assert "oldest frame shed" in stdout
 
 
-def test_a_killed_node_ends_the_run_with_one_line(run_dir):
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_a_killed_node_ends_the_run_with_one_line(run_dir, row):
     process = start(run_dir, SCENE.format(rate=20, folder=run_dir))
     first_status(process)
     nodes = children(process.pid)
-    victim = next(n for n in nodes if "spawn_main" in Path(f"/proc/{n}/cmdline").read_text())
-    os.kill(victim, signal.SIGKILL)
+    spawned = [n for n in nodes if "spawn_main" in Path(f"/proc/{n}/cmdline").read_text()]
+    os.kill(spawned[row], signal.SIGKILL)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert re.fullmatch(r"pipeline: node \w+\.0 died .*\n", stderr), stderr
+    name = TOPOLOGY[row].name
+    assert re.fullmatch(rf"pipeline: node {name}\.0 died .*\n", stderr), stderr
     wait_for(lambda: not any(alive(node) for node in nodes), 5.0)
     assert list(run_dir.glob("irst-*")) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_told_to_stop_while_it_starts_ends_well(run_dir, number):
+    process = start(run_dir, SCENE.format(rate=20, folder=run_dir), new_session=True)
+    assert process.stdout
+    assert "publishing" in process.stdout.readline()
+    os.killpg(process.pid, number)  # to all, as a terminal does
+    stdout, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (0, "")
+    totals(stdout)
+    assert list(run_dir.glob("irst-*")) == []
+
+
+def test_a_replay_told_to_stop_leaves_nothing_behind(run_dir, scene_recording):
+    words = ("replay", str(scene_recording), "--rate", "2")
+    process = start(run_dir, "publish: {}", *words)
+    wait_for(lambda: len(children(process.pid)) >= 3)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert list(run_dir.glob("irst-*")) == []
+
+
+class _Unplugged:
+    """A source whose camera goes away, in a way nobody thought of."""
+
+    def frames(self):
+        for seq in range(3):
+            yield Frame(FrameInfo(seq, "s", 0, "utc", (1, 1)), np.zeros((1, 1), np.uint8))
+        raise ValueError("unplugged")
+
+
+class _Ready:
+    def can_send(self, wait_ms):
+        return True
+
+
+def test_a_live_source_that_fails_gives_its_frames_and_then_its_error():
+    stream = _shedding(_Unplugged(), _Ready(), 8, threading.Event())
+    seen = [next(stream)[0].info.seq for _ in range(3)]
+    assert seen == [0, 1, 2]
+    with pytest.raises(ValueError, match="unplugged"):
+        next(stream)
+
+
+def test_shedding_keeps_the_newest_and_names_the_rest_in_order():
+    taken = threading.Event()
+
+    class Quick:
+        def frames(self):
+            for seq in range(10):
+                yield Frame(FrameInfo(seq, "s", 0, "utc", (1, 1)), np.zeros((1, 1), np.uint8))
+            taken.set()
+
+    class SlowAtFirst:
+        def can_send(self, wait_ms):
+            return taken.wait(20)
+
+    items = [item for item, _ in _shedding(Quick(), SlowAtFirst(), 3, threading.Event())]
+    assert [item.seq for item in items if isinstance(item, Dropped)] == list(range(7))
+    assert [item.info.seq for item in items if isinstance(item, Frame)] == [7, 8, 9]
 
 
 def test_nodes_end_when_their_supervisor_is_killed(run_dir):

@@ -1,5 +1,7 @@
 """Real sockets: credit between nodes, publishing, and what happens when the other side is slow."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -221,3 +223,49 @@ def test_an_address_in_use_is_named():
 def test_an_ipc_path_too_long_for_the_system_is_named(tmp_path):
     with pytest.raises(PipelineError, match="longer than 107 bytes"):
         CreditSender(f"ipc://{tmp_path}/{'x' * 120}", receivers=1, queue=1)
+
+
+def test_a_second_listener_cannot_steal_an_ipc_path(endpoint):
+    first = Publisher([endpoint], "roof", 10, lossless=False)
+    with pytest.raises(PipelineError, match="address already in use"):
+        Publisher([endpoint], "roof", 10, lossless=False)
+    subscriber = SubscriberSocket(endpoint, topic=b"me")
+    first.wait_subscribers(b"me", 0, tick_until())
+    first.publish({"n": 1}, tick_until())
+    assert subscriber.receive(5.0) is not None, "the first still has its subscribers"
+    subscriber.close()
+    first.close()
+    second = Publisher([endpoint], "roof", 10, lossless=False)
+    second.close()
+
+
+SENDS_AND_ENDS = """
+import sys
+from pipeline.transport import sockets
+publisher = sockets.Publisher([sys.argv[1]], "roof", 1000, lossless=True)
+publisher.wait_subscribers(b"me", 0, lambda: None)
+for number in range(100):
+    publisher.publish({"n": number, "load": "y" * 200_000}, lambda: None)
+publisher.close()
+sockets.end()
+"""
+
+
+def test_a_process_that_ends_loses_nothing_a_slow_subscriber_has_not_taken_yet(endpoint):
+    process = subprocess.Popen([sys.executable, "-c", SENDS_AND_ENDS, endpoint])
+    subscriber = SubscriberSocket(endpoint, queue=1, topic=b"me")
+    received = []
+    while len(received) < 100:
+        part = subscriber.receive(20.0)
+        assert part is not None, f"only {len(received)} of 100 came"
+        received.append(msgpack.unpackb(part)["n"])
+        time.sleep(0.005)
+    assert received == list(range(100))
+    assert process.wait(20.0) == 0
+    subscriber.close()
+
+
+@pytest.mark.parametrize("endpoint", ["inproc://x", "nonsense", "tcp://nowhere", ""])
+def test_what_is_no_endpoint_is_named(endpoint):
+    with pytest.raises(PipelineError, match="not an endpoint"):
+        SubscriberSocket(endpoint)

@@ -1,28 +1,39 @@
 """What became of every frame: in = published + dropped, exactly."""
 
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
 from pipeline.messages import Dropped, Trace
 
+MAX_REASONS = 64
+MAX_GAP = 4096
+
 
 class Account:
-    """Counts frames by outcome and tells which numbers never came."""
+    """Counts frames by outcome and tells which numbers never came.
+
+    However long the run: beyond MAX_REASONS reasons are counted together, and a gap names the
+    last MAX_GAP numbers.
+    """
 
     def __init__(self) -> None:
         self.published = 0
         self.dropped: Counter[tuple[str, str]] = Counter()
-        self._gap: list[int] = []
+        self._gap: deque[int] = deque(maxlen=MAX_GAP)
 
     def publish(self) -> list[int]:
         """Count a published frame; returns the numbers lost since the one before it."""
         self.published += 1
-        gap, self._gap = self._gap, []
+        gap = list(self._gap)
+        self._gap.clear()
         return gap
 
     def drop(self, lost: Dropped) -> None:
         """Count a lost frame."""
-        self.dropped[lost.stage, lost.reason] += 1
+        key = (lost.stage, lost.reason)
+        if key not in self.dropped and len(self.dropped) >= MAX_REASONS:
+            key = (lost.stage, "other reasons")
+        self.dropped[key] += 1
         self._gap.append(lost.seq)
 
     @property

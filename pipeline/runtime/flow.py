@@ -40,8 +40,9 @@ class Flow:
             try:
                 message = stage.process(message)
             except Exception as error:
-                # Whatever a stage trips over costs this frame, counted and named, not the run.
-                log.exception("frame %d lost at %s", seq, name)
+                # Whatever a stage trips over costs this frame, counted and published as a gap
+                # with its reason, not the run.
+                log.debug("frame %d lost at %s", seq, name, exc_info=True)
                 reason = " ".join(str(error).split()) or type(error).__name__
                 return Dropped(seq, name, reason[:200]), Trace(trace.t_ingest_ns, stage_ns)
             stage_ns[name] = self._clock() - started

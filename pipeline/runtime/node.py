@@ -1,31 +1,30 @@
 """A node: a process that runs its stages between two sockets.
 
 `front` reads the source and sends; nodes in between receive, process and send; `back` puts frames
-back in order and publishes. All wait in one way: a `tick` that notices a vanished supervisor.
+back in order and publishes.
 """
 
 import os
-import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.synchronize import Event
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from engines.errors import EngineError
 from pipeline.component import Source, component
 from pipeline.config import PipelineConfig
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, RunError
 from pipeline.messages import Dropped, Frame, Trace
 from pipeline.physics.sensor import Sensor
 from pipeline.runtime.account import Reorder
 from pipeline.runtime.flow import build_flow
 from pipeline.runtime.output import Output
 from pipeline.runtime.topology import Node
-from pipeline.transport import codec
+from pipeline.transport import codec, sockets
 from pipeline.transport.sockets import (
     ControlSender,
     CreditReceiver,
@@ -34,6 +33,7 @@ from pipeline.transport.sockets import (
 )
 
 Mode = Literal["replay", "live"]
+ORPHAN_CHECK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class NodeTask:
     sensor: Sensor
     shape: tuple[int, int]
     supervisor_pid: int
+
+    @property
+    def control_endpoint(self) -> str:
+        """Where the supervisor listens."""
+        return control_endpoint(self.run_dir)
 
     @property
     def node(self) -> Node:
@@ -79,31 +84,45 @@ def supervisor_topic(run_dir: Path) -> bytes:
     return f"supervisor.{run_dir.name}".encode()
 
 
-class Stopped(Exception):
-    """The node was told to stop, or its supervisor is gone."""
+def run_node(task: NodeTask, stop: Event) -> None:
+    """Run one node to the end of the stream; the entry point of its process.
 
-
-def run_node(task: NodeTask) -> None:
-    """Run one node to the end of the stream; the entry point of its process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides
-    control = ControlSender(control_endpoint(task.run_dir))
-
-    def tick() -> None:
-        if os.getppid() != task.supervisor_pid:
-            raise Stopped
-
+    `stop` is set to end the source. Signals are the supervisor's affair: the node is started with
+    them ignored, and ends by itself when its supervisor is gone.
+    """
+    threading.Thread(target=_outlive_not, args=(task.supervisor_pid,), daemon=True).start()
+    control = ControlSender(task.control_endpoint)
     try:
-        last = task.row == len(task.config.topology) - 1
-        run = _run_front if task.row == 0 else _run_back if last else _run_between
-        run(task, control, tick)
+        if task.row == 0:
+            _run_front(task, stop, control)
+        elif task.row == len(task.config.topology) - 1:
+            _run_back(task)
+        else:
+            _run_between(task)
         control.send({"event": "done", "node": task.name})
-    except Stopped:
-        pass
     except (PipelineError, EngineError) as error:
-        event = {"event": "failed", "node": task.name, "exit_code": error.exit_code}
-        control.send(event | {"line": str(error)})
+        control.send(_failure(task, str(error), error.exit_code))
+    except Exception as error:  # noqa: BLE001, told to the supervisor, who ends the run
+        line = f"node {task.name} failed: {type(error).__name__}: {error}"
+        control.send(_failure(task, line, RunError.exit_code))
     finally:
         control.close()
+        sockets.end()
+
+
+def _failure(task: NodeTask, line: str, exit_code: int) -> dict[str, Any]:
+    return {"event": "failed", "node": task.name, "exit_code": exit_code, "line": line}
+
+
+def _outlive_not(supervisor_pid: int) -> None:
+    """End this process when its supervisor is gone, whatever it is waiting for."""
+    while os.getppid() == supervisor_pid:
+        time.sleep(ORPHAN_CHECK_S)
+    os._exit(1)
+
+
+def _no_tick() -> None:
+    """Nothing to do while waiting."""
 
 
 def _sender(task: NodeTask) -> CreditSender:
@@ -129,33 +148,37 @@ def _hop(task: NodeTask) -> str:
     return f"{task.config.topology[task.row - 1].name}>{task.node.name}"
 
 
-def _run_front(task: NodeTask, control: ControlSender, tick: Any) -> None:
+def _encoded(message: Any, trace: Trace) -> list[Any]:
+    """A message as parts, or, if it cannot be sent, word that its frame is lost."""
+    try:
+        return codec.encode(message, trace, time.monotonic_ns())
+    except codec.CodecError as error:
+        lost = Dropped(message.info.seq, "transport", str(error))
+        return codec.encode(lost, trace, time.monotonic_ns())
+
+
+def _run_front(task: NodeTask, stop: Event, control: ControlSender) -> None:
     source: Source = component("source", task.config.source_kind).build(
         task.config.source, task.config.sensor.overrides()
     )
     flow = build_flow(task.config, task.node.stages, task.sensor, task.shape)
     sender = _sender(task)
-    stop = threading.Event()
-
-    def stop_source(_signal: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    signal.signal(signal.SIGTERM, stop_source)
+    frames_in = 0
     try:
-        sender.wait_ready(tick)
-        control.send({"event": "started", "node": task.name})
+        sender.wait_ready(_no_tick)
         if task.mode == "replay":
             stream = _paced(source, stop)
         else:
-            stream = _shedding(source, sender, task.node.queue, stop, tick)
-        frames_in = 0
+            stream = _shedding(source, sender, task.node.queue, stop)
         try:
             for item, t_ingest_ns in stream:
                 frames_in += 1
                 message, trace = flow.process(item, Trace(t_ingest_ns, {}))
-                sender.send(codec.encode(message, trace, time.monotonic_ns()), tick)
+                sender.send(_encoded(message, trace), _no_tick)
         finally:
-            sender.end(frames_in)  # a source that fails costs nothing of what came before
+            # A source that fails costs nothing of what came before: that is still published.
+            control.send({"event": "draining", "node": task.name})
+            sender.end(frames_in)
     finally:
         source.close()
         flow.close()
@@ -165,7 +188,7 @@ def _run_front(task: NodeTask, control: ControlSender, tick: Any) -> None:
 Stream = Iterator[tuple[Frame | Dropped, int]]
 
 
-def _paced(source: Source, stop: threading.Event) -> Stream:
+def _paced(source: Source, stop: Event) -> Stream:
     """Every frame, when it is asked for."""
     for frame in source.frames():
         yield frame, time.monotonic_ns()
@@ -173,61 +196,55 @@ def _paced(source: Source, stop: threading.Event) -> Stream:
             return
 
 
-def _shedding(
-    source: Source, sender: CreditSender, queue: int, stop: threading.Event, tick: Any
-) -> Stream:
-    """Frames as the source has them; the oldest is dropped, visibly, when `queue` are waiting."""
-    waiting: deque[tuple[Frame | Dropped, int]] = deque()
+def _shedding(source: Source, sender: CreditSender, queue: int, stop: Event) -> Stream:
+    """Frames as the source has them; the oldest is shed, visibly, when `queue` are waiting."""
+    waiting: deque[tuple[Frame, int]] = deque()
+    shed: deque[tuple[Dropped, int]] = deque()  # all older than what is waiting
     fresh = threading.Condition()
-    failure: list[PipelineError] = []
+    failure: list[Exception] = []
     ended = threading.Event()
 
     def read() -> None:
         try:
             for frame in source.frames():
                 with fresh:
-                    held = [row for row, (item, _) in enumerate(waiting) if isinstance(item, Frame)]
-                    if len(held) >= queue:
-                        item, t_ingest_ns = waiting[held[0]]
-                        assert isinstance(item, Frame)  # noqa: S101, by the line above
-                        lost = Dropped(item.info.seq, "source", "overload: oldest frame shed")
-                        waiting[held[0]] = (lost, t_ingest_ns)
+                    if len(waiting) >= queue:
+                        oldest, t_ingest_ns = waiting.popleft()
+                        lost = Dropped(oldest.info.seq, "source", "overload: oldest frame shed")
+                        shed.append((lost, t_ingest_ns))
                     waiting.append((frame, time.monotonic_ns()))
                     fresh.notify()
                 if stop.is_set():
                     return
-        except PipelineError as error:
+        except Exception as error:  # noqa: BLE001, raised below, in the node's own thread
             failure.append(error)
         finally:
             ended.set()
 
-    reader = threading.Thread(target=read, name="source", daemon=True)
-    reader.start()
-    while waiting or not (ended.is_set() or stop.is_set()):
-        tick()
+    threading.Thread(target=read, name="source", daemon=True).start()
+    while waiting or shed or not (ended.is_set() or stop.is_set()):
         with fresh:
-            if not waiting:
+            if not (waiting or shed):
                 fresh.wait(0.1)
         # A frame is taken only when it can go on at once, so that what waits can still be shed.
-        if waiting and sender.can_send(wait_ms=20):
+        if (waiting or shed) and sender.can_send(wait_ms=20):
             with fresh:
-                entry = waiting.popleft()
+                entry = shed.popleft() if shed else waiting.popleft()
             yield entry
     if failure:
         raise failure[0]
 
 
-def _run_between(task: NodeTask, control: ControlSender, tick: Any) -> None:
+def _run_between(task: NodeTask) -> None:
     flow = build_flow(task.config, task.node.stages, task.sensor, task.shape)
     sender, receiver = _sender(task), _receiver(task)
     hop = _hop(task)
     try:
-        sender.wait_ready(tick)
+        sender.wait_ready(_no_tick)
         receiver.open()
-        control.send({"event": "started", "node": task.name})
-        while (parts := receiver.receive(tick)) is not None:
+        while (parts := receiver.receive(_no_tick)) is not None:
             message, trace = flow.process(*_received(parts, hop))
-            sender.send(codec.encode(message, trace, time.monotonic_ns()), tick)
+            sender.send(_encoded(message, trace), _no_tick)
         sender.end(receiver.frames_in)
     finally:
         flow.close()
@@ -235,7 +252,7 @@ def _run_between(task: NodeTask, control: ControlSender, tick: Any) -> None:
         sender.close()
 
 
-def _run_back(task: NodeTask, control: ControlSender, tick: Any) -> None:
+def _run_back(task: NodeTask) -> None:
     flow = build_flow(task.config, task.node.stages, task.sensor, task.shape)
     settings, sensor_id = task.config.publish, task.sensor.id
     lossless = task.mode == "replay"
@@ -246,26 +263,21 @@ def _run_back(task: NodeTask, control: ControlSender, tick: Any) -> None:
     receiver = _receiver(task)
 
     def send(message: dict[str, Any]) -> None:
-        publisher.publish(message, tick)
+        publisher.publish(message, _no_tick)
 
     output = Output(send, sensor_id, task.config.digest, settings.heartbeat_s)
-
-    def idle() -> None:
-        tick()
-        output.beat()
 
     reorder = Reorder()
     hop = _hop(task)
     try:
-        publisher.wait_subscribers(supervisor_topic(task.run_dir), settings.wait_for, tick)
+        publisher.wait_subscribers(supervisor_topic(task.run_dir), settings.wait_for, _no_tick)
         output.start()
         receiver.open()
-        control.send({"event": "started", "node": task.name})
-        while (parts := receiver.receive(idle)) is not None:
+        while (parts := receiver.receive(output.beat)) is not None:
             message, trace = flow.process(*_received(parts, hop))
             for ready in reorder.push(message, trace):
                 output.put(*ready)
-            idle()
+            output.beat()
         for left in reorder.finish(receiver.frames_in):
             output.put(*left)
         output.end(receiver.frames_in)

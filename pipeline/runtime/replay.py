@@ -22,7 +22,7 @@ def over_zeromq(config: PipelineConfig, source: Source) -> Messages:
 
 
 def in_process(config: PipelineConfig, source: Source) -> Messages:
-    """The same messages from a plain loop over the same table."""
+    """The same messages, but for heartbeats, from a plain loop over the same table."""
     waiting: deque[dict[str, Any]] = deque()
     flow = build_flow(config, config.stage_names, source.sensor, source.shape)
     heartbeat_s = config.publish.heartbeat_s

@@ -1,5 +1,6 @@
 """Starts the nodes of a run, listens to them, and ends them: nothing is left behind."""
 
+import contextlib
 import math
 import multiprocessing
 import os
@@ -26,7 +27,7 @@ from pipeline.runtime.node import (
     supervisor_topic,
 )
 from pipeline.transport import codec
-from pipeline.transport.sockets import ControlReceiver, SubscriberSocket
+from pipeline.transport.sockets import STALL_S, ControlReceiver, SubscriberSocket
 
 DRAIN_S = 5.0
 SILENCE_S = 0.05
@@ -44,6 +45,7 @@ class NodeFailure(PipelineError):
 class _Child:
     name: str
     process: BaseProcess
+    draining: bool = False  # it has ended the stream; what is under way will still come
     done: bool = False
 
 
@@ -58,33 +60,52 @@ class Supervisor:
         self, config: PipelineConfig, mode: Mode, sensor: Sensor, shape: tuple[int, int]
     ) -> None:
         self._config, self._mode, self._sensor, self._shape = config, mode, sensor, shape
+        self._spawn = multiprocessing.get_context("spawn")
+        self._stop = self._spawn.Event()
         self._children: list[_Child] = []
         self._drained_by = math.inf
+        self._failure: NodeFailure | None = None  # of a node after which the stream still ends
 
     def __enter__(self) -> Self:
-        self._folder = tempfile.TemporaryDirectory(prefix="irst-")  # made with mode 0700
-        self._run_dir = Path(self._folder.name)
-        self._control = ControlReceiver(control_endpoint(self._run_dir))
-        self._subscriber = SubscriberSocket(
-            publish_endpoint(self._run_dir), queue=0, topic=supervisor_topic(self._run_dir)
-        )
-        spawn = multiprocessing.get_context("spawn")
-        for row, node in enumerate(self._config.topology):
-            for replica in range(node.replicas):
-                task = NodeTask(
-                    config=self._config,
-                    row=row,
-                    replica=replica,
-                    run_dir=self._run_dir,
-                    mode=self._mode,
-                    sensor=self._sensor,
-                    shape=self._shape,
-                    supervisor_pid=os.getpid(),
-                )
-                process = spawn.Process(target=run_node, args=(task,), name=task.name)
-                process.start()
-                self._children.append(_Child(task.name, process))
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="irst-"))  # mode 0700
+            run_dir = Path(folder)
+            self._control = ControlReceiver(control_endpoint(run_dir))
+            stack.callback(self._control.close)
+            self._subscriber = SubscriberSocket(
+                publish_endpoint(run_dir), queue=0, topic=supervisor_topic(run_dir)
+            )
+            stack.callback(self._subscriber.close)
+            stack.callback(self._kill)
+            self._start(run_dir)
+            self._cleanup = stack.pop_all()
         return self
+
+    def _start(self, run_dir: Path) -> None:
+        """Start every node with signals ignored: a Ctrl-C goes to all, but is ours to act on."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+        try:
+            for row, node in enumerate(self._config.topology):
+                for replica in range(node.replicas):
+                    task = NodeTask(
+                        config=self._config,
+                        row=row,
+                        replica=replica,
+                        run_dir=run_dir,
+                        mode=self._mode,
+                        sensor=self._sensor,
+                        shape=self._shape,
+                        supervisor_pid=os.getpid(),
+                    )
+                    process = self._spawn.Process(
+                        target=run_node, args=(task, self._stop), name=task.name, daemon=True
+                    )
+                    process.start()
+                    self._children.append(_Child(task.name, process))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     def __exit__(
         self,
@@ -92,24 +113,24 @@ class Supervisor:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.stop()
-        deadline = time.monotonic() + (DRAIN_S if kind is None else 0.5)
+        """After a good end, give the nodes time to hand their last messages to subscribers."""
+        with self._cleanup:
+            if kind is None:
+                deadline = time.monotonic() + (STALL_S if self._mode == "replay" else DRAIN_S)
+                for child in self._children:
+                    child.process.join(max(0.0, deadline - time.monotonic()))
+
+    def _kill(self) -> None:
+        """End what still runs."""
         for child in self._children:
-            child.process.join(max(0.0, deadline - time.monotonic()))
+            child.process.kill()
         for child in self._children:
-            if child.process.is_alive():
-                child.process.kill()
             child.process.join()
-        self._subscriber.close()
-        self._control.close()
-        self._folder.cleanup()
 
     def stop(self) -> None:
         """Ask the source to end; what is under way is still published, then the nodes end."""
         self._drained_by = min(self._drained_by, time.monotonic() + DRAIN_S)
-        for child in self._children[:1]:
-            if child.process.is_alive() and child.process.pid:
-                os.kill(child.process.pid, signal.SIGTERM)
+        self._stop.set()
 
     def messages(self) -> Iterator[tuple[dict[str, Any], Wire]]:
         """What the run publishes, each also as its checked model, to the end of the stream.
@@ -119,27 +140,43 @@ class Supervisor:
         """
         while True:
             part = self._subscriber.receive(SILENCE_S)
-            if part is None:
-                self._watch()
-                if time.monotonic() > self._drained_by:
-                    raise RunError(f"the nodes did not drain within {DRAIN_S:g} s")
-                continue
-            message = codec.unpack_wire(part)
-            yield message, check_wire(message)
-            if message["schema"] == "irst.eos/1":
-                self._watch()
+            message = {} if part is None else codec.unpack_wire(part)
+            if message:
+                yield message, check_wire(message)
+            if message.get("schema") == "irst.eos/1":
+                self._hear_everyone()
                 return
+            if message.get("schema") in (None, "irst.heartbeat/1"):
+                self._watch()
+            if time.monotonic() > self._drained_by:
+                raise self._failure or RunError(f"the nodes did not drain within {DRAIN_S:g} s")
+
+    def _hear_everyone(self) -> None:
+        """Wait until each node has said that all went well; raises what one says instead."""
+        deadline = time.monotonic() + DRAIN_S
+        while not all(child.done for child in self._children):
+            self._watch()
+            if time.monotonic() > deadline:
+                late = ", ".join(child.name for child in self._children if not child.done)
+                raise RunError(f"the stream ended, but not node {late}")
+            time.sleep(0.005)
+        if self._failure is not None:
+            raise self._failure
 
     def _watch(self) -> None:
         """Hear what the nodes have to say, and notice those that can say nothing any more."""
         dead = [c for c in self._children if not c.done and c.process.exitcode is not None]
         while (part := self._control.receive(0.0)) is not None:
             event = codec.unpack_wire(part)
+            child = next(child for child in self._children if child.name == event["node"])
+            child.draining |= event["event"] == "draining"
+            child.done |= event["event"] != "draining"
             if event["event"] == "failed":
-                raise NodeFailure(event["line"], event["exit_code"])
-            if event["event"] == "done":
-                for child in self._children:
-                    child.done = child.done or child.name == event["node"]
+                failure = NodeFailure(event["line"], event["exit_code"])
+                if not child.draining:
+                    raise failure
+                self._failure = failure
+                self._drained_by = min(self._drained_by, time.monotonic() + STALL_S)
         for child in dead:
             if not child.done:
                 code = child.process.exitcode

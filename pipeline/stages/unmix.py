@@ -1,5 +1,6 @@
 """Patches → targets: counts to network units, the engine, and the peaks of its maps."""
 
+from dataclasses import replace
 from typing import Self
 
 import numpy as np
@@ -9,9 +10,13 @@ from engines.base import Engine, Options
 from engines.loader import load
 from engines.scaling import network_unit
 from pipeline.component import Context, Settings, Stage
-from pipeline.messages import Patches, Unmixed
-from pipeline.physics.grid import local_maxima
+from pipeline.messages import Flag, Patches, Unmixed
+from pipeline.physics.grid import Peaks, local_maxima
 from pipeline.physics.sensor import Sensor
+
+MAX_PEAKS = 16
+"""Peaks kept of a patch: over three times what a group is trained to hold, and no more, since
+what follows takes time that grows with the cube of their number."""
 
 
 class Unmix(Stage[Patches, Unmixed]):
@@ -40,13 +45,22 @@ class Unmix(Stage[Patches, Unmixed]):
         return cls(config, context.sensor, load(context.engine, context.sensor, options=options))
 
     def process(self, message: Patches) -> Unmixed:
-        """Positions in frame coordinates, in the order of the patches; bad pixels are filled."""
+        """Positions in frame coordinates, in the order of the patches; bad pixels are filled.
+
+        Of a patch with more than MAX_PEAKS peaks the strongest are kept and its group is CROWDED.
+        """
         manifest = self._engine.manifest
         signal = np.where(message.usable_BHW, message.counts_BHW - message.background_BHW, 0.0)
         signal = signal.astype(np.float32)
         unit = network_unit(signal, manifest.scaling, self._sensor.full_scale)
         maps = self._engine.infer(signal / unit[:, None, None])
         peaks = local_maxima(maps, manifest.c, self._threshold, separate=self._separate)
+        number = np.bincount(peaks.image, minlength=len(maps))
+        if (number > MAX_PEAKS).any():
+            peaks = strongest(peaks, MAX_PEAKS)
+            flags = message.flags.copy()
+            flags[message.group[number > MAX_PEAKS]] |= Flag.CROWDED
+            message = replace(message, flags=flags)
         return Unmixed(
             patches=message,
             patch=peaks.image.astype(np.int32),
@@ -60,3 +74,14 @@ class Unmix(Stage[Patches, Unmixed]):
     def close(self) -> None:
         """Release the engine."""
         self._engine.close()
+
+
+def strongest(peaks: Peaks, number: int) -> Peaks:
+    """At most `number` peaks of each image, those of the largest value, in the order they had.
+
+    Peaks of one image are neighbours, as `local_maxima` gives them.
+    """
+    order = np.lexsort((-peaks.value, peaks.image))
+    rank = np.arange(len(order)) - np.searchsorted(peaks.image, peaks.image)
+    keep = np.sort(order[rank < number])
+    return Peaks(peaks.image[keep], peaks.xy_px[keep], peaks.intensity[keep], peaks.value[keep])

@@ -19,7 +19,7 @@ from pipeline import messages
 from pipeline.messages import Trace
 
 MAX_HEADER_BYTES = 1 << 20
-MAX_ARRAY_BYTES = 1 << 28
+MAX_ARRAY_BYTES = 1 << 27  # well below what a socket takes in
 PIXEL_TYPES = frozenset({"uint8", "uint16", "float32"})
 TYPES: dict[str, type[Any]] = {
     kind.__name__: kind
@@ -39,11 +39,14 @@ class CodecError(ValueError):
 
 
 def encode(message: Any, trace: Trace, sent_ns: int) -> list[Any]:
-    """Header and array parts of a message; arrays are not copied, so do not change them after."""
+    """Header and array parts of a message; arrays are not copied, so do not change them after.
+
+    Raises CodecError on an array larger than MAX_ARRAY_BYTES.
+    """
     arrays: list[NDArray[Any]] = []
     header = {
         "type": type(message).__name__,
-        "fields": _plain(message, arrays),
+        "fields": _plain(message, arrays, type(message).__name__),
         "arrays": [],
         "t_ingest_ns": trace.t_ingest_ns,
         "stage_ns": trace.stage_ns,
@@ -53,13 +56,20 @@ def encode(message: Any, trace: Trace, sent_ns: int) -> list[Any]:
     return [msgpack.packb(header), *arrays]
 
 
-def _plain(value: Any, arrays: list[NDArray[Any]]) -> Any:
+def _plain(value: Any, arrays: list[NDArray[Any]], where: str) -> Any:
     """A dataclass as nested plain types; each array is left out and appended to `arrays`."""
     if isinstance(value, np.ndarray):
-        arrays.append(np.ascontiguousarray(value))
+        if value.nbytes > MAX_ARRAY_BYTES:
+            raise CodecError(
+                f"{where}: {value.nbytes} bytes, at most {MAX_ARRAY_BYTES} can be sent"
+            )
+        arrays.append(np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("=")))
         return None
     if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name), arrays) for f in dataclasses.fields(value)}
+        return {
+            f.name: _plain(getattr(value, f.name), arrays, f"{where}.{f.name}")
+            for f in dataclasses.fields(value)
+        }
     return value
 
 
@@ -103,7 +113,7 @@ def _arrays(described: Any, parts: list[Any]) -> list[NDArray[Any]]:
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], list)):
             raise CodecError(f"{where}: must be described by [dtype, shape]")
         name, shape = entry
-        if name not in _DTYPES:
+        if not isinstance(name, str) or name not in _DTYPES:
             raise CodecError(f"{where}: dtype {name!r} is not allowed")
         if len(shape) > 4 or not all(type(n) is int and 0 <= n <= 1 << 24 for n in shape):
             raise CodecError(f"{where}: shape {shape!r} is not allowed")

@@ -6,10 +6,13 @@ start handshake, and since a node gives credit only once those after it are read
 from the end of the flow to its beginning.
 """
 
+import contextlib
+import fcntl
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import zmq
 
@@ -35,19 +38,58 @@ def _socket(kind: int) -> "zmq.Socket[bytes]":
     return socket
 
 
-def _bind(socket: "zmq.Socket[bytes]", endpoint: str) -> None:
-    if endpoint.startswith("ipc://") and len(os.fsencode(endpoint[6:])) > MAX_IPC_PATH_BYTES:
-        socket.close()
-        raise PipelineError(f"{endpoint}: path longer than 107 bytes; use a shorter TMPDIR")
+def end() -> None:
+    """Wait until what closed sockets still hold has left, each for its linger; then no more zmq.
+
+    The last thing a process does: without it, what is queued at exit is thrown away.
+    """
+    zmq.Context.instance().destroy(linger=LINGER_MS)
+
+
+def _bind(socket: "zmq.Socket[bytes]", endpoint: str) -> contextlib.ExitStack:
+    """Listen at an endpoint; returns what holds it, to be closed with the socket."""
+    hold = contextlib.ExitStack()
     try:
+        if endpoint.startswith("ipc://"):
+            hold.enter_context(_ipc_lock(endpoint))
         socket.bind(endpoint)
     except zmq.ZMQError as error:
+        hold.close()
         socket.close()
         if error.errno == zmq.EADDRINUSE:
-            raise PipelineError(
-                f"{endpoint}: address already in use; stop what listens there or choose another"
-            ) from error
+            raise _in_use(endpoint) from error
+        raise PipelineError(f"{endpoint}: cannot listen there ({_reason(error)})") from error
+    except PipelineError:
+        socket.close()
+        raise
+    return hold
+
+
+def _reason(error: zmq.ZMQError) -> str:
+    return zmq.strerror(error.errno or 0)
+
+
+def _in_use(endpoint: str) -> PipelineError:
+    return PipelineError(
+        f"{endpoint}: address already in use; stop what listens there or choose another"
+    )
+
+
+def _ipc_lock(endpoint: str) -> IO[bytes]:
+    """A lock beside the path: a second bind would succeed and leave the first deaf."""
+    path = endpoint.removeprefix("ipc://")
+    if len(os.fsencode(path)) > MAX_IPC_PATH_BYTES:
+        raise PipelineError(f"{endpoint}: path longer than 107 bytes; use a shorter one or TMPDIR")
+    try:
+        lock = Path(path + ".lock").open("ab")  # noqa: SIM115, held as long as the socket
+    except OSError as error:
         raise PipelineError(f"{endpoint}: cannot listen there ({error.strerror})") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise _in_use(endpoint) from error
+    return lock
 
 
 class CreditSender:
@@ -57,7 +99,7 @@ class CreditSender:
         self._socket = _socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # credit is the limit
-        _bind(self._socket, endpoint)
+        self._hold = _bind(self._socket, endpoint)
         self._receivers = receivers
         self._limit = queue
         self._credit: dict[bytes, int] = {}
@@ -91,8 +133,9 @@ class CreditSender:
             self._send(receiver, [END, str(frames_in).encode()])
 
     def close(self) -> None:
-        """Close the socket; what is on its way gets a second to leave."""
+        """Close the socket; what is on its way gets a second to leave, see `end`."""
         self._socket.close()
+        self._hold.close()
 
     def _collect(self, wait_ms: int) -> None:
         """Take in the credits that have come."""
@@ -108,7 +151,7 @@ class CreditSender:
         try:
             _send_parts(self._socket, [receiver, *parts])
         except zmq.ZMQError as error:
-            raise RunError(f"a receiver is gone ({error.strerror})") from error
+            raise RunError(f"a receiver is gone ({_reason(error)})") from error
 
 
 def _send_parts(socket: "zmq.Socket[bytes]", parts: list[Any]) -> None:
@@ -179,9 +222,12 @@ class Publisher:
         self._socket = _socket(zmq.XPUB)
         self._socket.setsockopt(zmq.SNDHWM, queue)
         self._socket.setsockopt(zmq.XPUB_NODROP, lossless)
+        if lossless:
+            self._socket.setsockopt(zmq.LINGER, round(STALL_S * 1000))
         self._socket.setsockopt(zmq.XPUB_VERBOSE, 1)  # to count subscribers of one topic
+        self._hold = contextlib.ExitStack()
         for endpoint in endpoints:
-            _bind(self._socket, endpoint)
+            self._hold.enter_context(_bind(self._socket, endpoint))
 
     def wait_subscribers(self, topic: bytes, others: int, tick: Tick) -> None:
         """Return once somebody has subscribed to exactly this topic, and `others` to targets.
@@ -213,8 +259,9 @@ class Publisher:
             self._socket.recv()  # later subscriptions: nothing to do
 
     def close(self) -> None:
-        """Close the socket; what is on its way gets a second to leave."""
+        """Close the socket; what is on its way gets a second, lossless a minute, see `end`."""
         self._socket.close()
+        self._hold.close()
 
 
 class SubscriberSocket:
@@ -230,11 +277,13 @@ class SubscriberSocket:
         if topic:
             self._socket.setsockopt(zmq.SUBSCRIBE, topic)
         try:
+            if not endpoint.startswith(("tcp://", "ipc://")):
+                raise zmq.ZMQError(zmq.EPROTONOSUPPORT)
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
             self._socket.close()
             raise PipelineError(
-                f"{endpoint}: not an endpoint ({error.strerror}); use e.g. tcp://127.0.0.1:5556"
+                f"{endpoint}: not an endpoint ({_reason(error)}); use e.g. tcp://127.0.0.1:5556"
             ) from error
 
     def receive(self, timeout_s: float) -> bytes | None:
@@ -261,7 +310,7 @@ class ControlSender:
         self._socket.send(pack_wire(event))
 
     def close(self) -> None:
-        """Close the socket; what is on its way gets a second to leave."""
+        """Close the socket; what is on its way gets a second to leave, see `end`."""
         self._socket.close()
 
 
@@ -270,7 +319,7 @@ class ControlReceiver:
 
     def __init__(self, endpoint: str) -> None:
         self._socket = _socket(zmq.PULL)
-        _bind(self._socket, endpoint)
+        self._hold = _bind(self._socket, endpoint)
 
     def receive(self, timeout_s: float) -> bytes | None:
         """The next event's bytes, None if none came in time."""
@@ -279,3 +328,4 @@ class ControlReceiver:
     def close(self) -> None:
         """Leave."""
         self._socket.close(linger=0)
+        self._hold.close()
