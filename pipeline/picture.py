@@ -134,10 +134,10 @@ def _found(message: dict[str, Any]) -> NDArray[np.int64]:
 def _true(message: dict[str, Any], true_xy_px: NDArray[np.float64]) -> NDArray[np.int64]:
     """Number of true targets in the box of each group (N,), the box grown by MARGIN_PX."""
     boxes = np.array(message["groups"]["bbox"], dtype=np.float64).reshape(-1, 1, 4)
-    inside = (true_xy_px >= boxes[..., :2] - MARGIN_PX) & (
-        true_xy_px <= boxes[..., 2:] - 1 + MARGIN_PX
-    )
-    return inside.all(axis=2).sum(axis=1).astype(np.int64)
+    low, high = boxes[..., :2] - 0.5 - MARGIN_PX, boxes[..., 2:] - 0.5 + MARGIN_PX
+    inside = (true_xy_px >= low) & (true_xy_px <= high)
+    result: NDArray[np.int64] = inside.all(axis=2).sum(axis=1)
+    return result
 
 
 def _reason(message: dict[str, Any], group: int) -> str | None:

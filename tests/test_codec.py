@@ -3,12 +3,20 @@ import dataclasses
 import msgpack
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pipeline.messages import Dropped, Frame, FrameInfo, Patches, Tiling, Trace, Unmixed
-from pipeline.transport.codec import CodecError, decode, encode, unpack_wire
+from pipeline.transport.codec import (
+    MAX_ARRAY_BYTES,
+    TYPES,
+    CodecError,
+    decode,
+    encode,
+    unpack_wire,
+)
+from pipeline.transport.sockets import MAX_MESSAGE_BYTES
 
 TRACE = Trace(123, {"detect": 45})
 INFO = FrameInfo(7, "roof", -5, "utc", (32, 48), ("compressed",), Tiling(11, 16))
@@ -109,6 +117,8 @@ def altered(**changes):
         ({"fields__counts_BHW": 3}, "counts_BHW"),
         ({"arrays__0__0": "object"}, "object"),
         ({"arrays__0__0": "float64"}, "array 0"),
+        ({"arrays__0__0": ["float32"]}, "array 0"),
+        ({"arrays__0__0": {"float32": 1}}, "array 0"),
         ({"arrays__0__1": [3, 11, 12]}, "array 0"),
         ({"arrays__0__1": [-3, 11, 11]}, "shape"),
         ({"arrays__0__1": [1 << 24, 1 << 24, 1 << 24, 1 << 24]}, "array 0"),
@@ -121,6 +131,65 @@ def altered(**changes):
 def test_what_does_not_fit_is_named(changes, names):
     with pytest.raises(CodecError, match=names):
         decode(altered(**changes))
+
+
+def places(node, path=()):
+    """Paths of all leaves."""
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    for key, value in items:
+        if isinstance(value, dict | list) and value:
+            yield from places(value, (*path, key))
+        else:
+            yield (*path, key)
+
+
+SENT = [encode(message, TRACE, 99) for message in (patches(), unmixed(), Dropped(4, "crop", "why"))]
+PLAIN = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 63), (1 << 64) - 1)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.binary(max_size=8)
+    | st.builds(msgpack.ExtType, st.integers(0, 127), st.binary(max_size=8))
+    | st.sampled_from(["float32", "uint8", "Frame", "Unmixed"]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=4) | st.integers(0, 9), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=400)
+@given(st.data(), st.sampled_from(SENT), PLAIN)
+def test_a_header_with_any_value_anywhere_is_a_message_or_a_codec_error(data, parts, value):
+    header = msgpack.unpackb(parts[0])
+    *keys, last = data.draw(st.sampled_from(list(places(header))))
+    place = header
+    for key in keys:
+        place = place[key]
+    place[last] = value
+    try:
+        message, trace, sent_ns = decode([msgpack.packb(header), *parts[1:]])
+    except CodecError:
+        return
+    assert type(message) in TYPES.values()
+    assert msgpack.unpackb(encode(message, trace, sent_ns)[0]).keys() == header.keys()
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_values_survive_whatever_the_order_of_their_bytes(order):
+    pixels = np.array([[1, 256], [0x0102, 65535]])
+    parts = encode(Frame(INFO, pixels.astype(f"{order}u2")), TRACE, 0)
+    assert decode(parts)[0].pixels_HW.tolist() == pixels.tolist()
+
+
+def test_an_array_too_large_to_be_received_is_not_sent():
+    assert 2 * MAX_ARRAY_BYTES <= MAX_MESSAGE_BYTES
+    pixels = np.broadcast_to(np.uint8(0), (2, MAX_ARRAY_BYTES // 2 + 1))  # takes no memory
+    with pytest.raises(CodecError, match=r"Frame\.pixels_HW: 134217730 bytes, at most 134217728"):
+        encode(Frame(INFO, pixels), TRACE, 0)
 
 
 def test_array_of_another_type_than_declared_is_refused():

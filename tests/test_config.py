@@ -1,12 +1,16 @@
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
+from pipeline.component import Stage, component
 from pipeline.config import load_bad_pixels, load_config
 from pipeline.errors import PipelineError
-from pipeline.runtime.topology import TOPOLOGY
+from pipeline.messages import Unmixed
+from pipeline.runtime import topology
+from pipeline.runtime.topology import TOPOLOGY, flow_types
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -45,8 +49,30 @@ def test_defaults_need_no_file():
         ("topology: {unmix: {stages: [unmix, refind]}}", "unknown stage `refind`; use one of"),
         ("publish: {endpoint: 'tcp://0.0.0.0:5556'}", "publish.endpoint: value error, must be ipc"),
         ("publish: {endpoint: 'tcp://10.0.0.1:5556'}", "without keys nobody else is let in"),
-        ("publish: [1]", "publish"),
+        ("publish: {endpoint: 'tcp://127.0.0.1:0'}", "the port must be 1…65535, or *"),
+        ("publish: {endpoint: 'tcp://127.0.0.1:65536'}", "the port must be 1…65535, or *"),
+        ("publish: {endpoint: 'tcp://127.0.0.1:٣٣'}", "must be ipc"),
+        ("publish: {endpoint: 'tcp://[::1]:5556'}", "must be ipc"),
+        ("publish: {endpoint: 'ipc://@abstract'}", "must be ipc"),
+        ('publish: {endpoint: "ipc:///tmp/a\\0b"}', "must be ipc"),
+        ("publish: {endpoint: ''}", "must be ipc"),
+        ("publish: [1]", "publish: input should be a valid dictionary"),
+        ("publish: []", "publish: input should be a valid dictionary"),
+        ("publish: {heartbeat_s: 0.05}", "publish.heartbeat_s: input should be greater"),
+        ("publish: {heartbeat_s: 3601}", "publish.heartbeat_s: input should be less"),
+        ("publish: {heartbeat_s: .nan}", "publish.heartbeat_s"),
+        ("publish: {queue: 1000001}", "publish.queue: input should be less"),
+        ("sensor: {read_noise: 1.1e+6}", "sensor.read_noise: input should be less"),
+        ("sensor: {gain: 1.1e+9}", "sensor.gain: input should be less"),
+        ("sensor: {ifov_rad: .inf}", "sensor.ifov_rad: input should be a finite number"),
+        ("sensor: {gain: .nan}", "sensor.gain: input should be"),
         ("engine: 7", "engine must be a name or a path"),
+        ("source: {kind: [synthetic]}", "source.kind must be a name, got ['synthetic']"),
+        ("engine: 2001-99-99", "not valid YAML: month must be in 1..12"),
+        ('engine: !!int ""', "not valid YAML"),
+        ("engine: !!bool perhaps", "not valid YAML"),
+        ("engine: !!timestamp soon", "not valid YAML"),
+        ("engine: " + 3000 * "[", "not valid YAML"),
         ("- a\n- b", "must be a map of named sections"),
         ("detect: {a: [", "not valid YAML"),
     ],
@@ -57,6 +83,80 @@ def test_a_mistake_is_named_with_its_path_and_what_is_known_there(tmp_path, text
         load_config(file)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ("back: {stages: []}", "back.stages: the flow ends with Unmixed"),
+        ("unmix: {stages: []}", "back.stages: `report` takes Unmixed, but Patches comes there"),
+        (
+            "unmix: {stages: [unmix, unmix]}",
+            "unmix.stages: `unmix` takes Patches, but Unmixed comes there",
+        ),
+        ("front: {stages: [crop, detect]}", "front.stages: `crop` takes Blobs, but Frame comes"),
+    ],
+)
+def test_stages_that_do_not_fit_each_other_are_named(tmp_path, stages, message):
+    file = write(tmp_path, f"topology: {{{stages}}}")
+    with pytest.raises(PipelineError) as error:
+        load_config(file)
+    assert str(error.value).startswith(f"{file}: topology.{message}")
+
+
+def test_the_nodes_of_the_table_take_and_give_what_their_stages_do():
+    types = [("Frame", "Patches"), ("Patches", "Unmixed"), ("Unmixed", "TargetReport")]
+    assert flow_types(TOPOLOGY) == types
+
+
+def test_a_node_without_stages_passes_its_message_on(tmp_path):
+    text = "topology: {front: {stages: []}, unmix: {stages: [detect, crop, unmix]}}"
+    types = [("Frame", "Frame"), ("Frame", "Unmixed"), ("Unmixed", "TargetReport")]
+    assert flow_types(load_config(write(tmp_path, text)).topology) == types
+
+
+def test_a_stage_between_messages_of_one_kind_fits_once(monkeypatch):
+    class Refine(Stage[Unmixed, Unmixed]):
+        pass
+
+    class Steady(Refine):
+        pass
+
+    own = {"refine": Refine, "steady": Steady}
+    monkeypatch.setattr(
+        topology, "component", lambda kind, name: own.get(name) or component(kind, name)
+    )
+    front, unmix, back = TOPOLOGY
+    refined = replace(unmix, stages=("unmix", "refine"))
+    assert flow_types([front, refined, back]) == flow_types(TOPOLOGY)
+    assert flow_types([front, refined, replace(back, stages=("steady", "report"))])
+    with pytest.raises(PipelineError, match="`refine` is there already"):
+        flow_types([front, refined, replace(back, stages=("refine", "report"))])
+
+
+def test_a_bomb_of_aliases_gives_a_short_message(tmp_path):
+    bomb = "&a0 [x, x]"
+    for level in range(1, 40):
+        bomb = f"&a{level} [{bomb}, *a{level - 1}]"
+    for text in (f"engine: {bomb}", f"source: {{kind: {bomb}}}", f"sensor: {{sigma_px: {bomb}}}"):
+        with pytest.raises(PipelineError) as error:
+            load_config(write(tmp_path, text))
+        assert len(str(error.value)) < len(str(tmp_path)) + 250
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["ipc:///run/targets", "tcp://localhost:1", "tcp://127.1.2.3:*"]
+)
+def test_endpoints_on_this_machine_are_taken(endpoint):
+    assert load_config(None, publish={"endpoint": endpoint}).publish.endpoint == endpoint
+
+
+def test_what_is_given_overrides_the_file_and_nothing_is_not_given(tmp_path):
+    file = write(tmp_path, "publish: {endpoint: 'tcp://127.0.0.1:7000', queue: 7}")
+    given = load_config(file, publish={"endpoint": "tcp://127.0.0.1:7001"}).publish
+    assert (given.endpoint, given.queue) == ("tcp://127.0.0.1:7001", 7)
+    with pytest.raises(PipelineError, match=r"publish\.endpoint: value error, must be ipc"):
+        load_config(file, publish={"endpoint": ""})
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -225,7 +225,7 @@ def test_check_prints_the_flow_and_runs_nothing(run_dir):
 
 class _Trips(Stage[Frame, Frame]):
     @classmethod
-    def build(cls, config, context):  # noqa: ARG003
+    def build(cls, config, context):
         return cls()
 
     def process(self, message: Frame) -> Frame:

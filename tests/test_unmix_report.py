@@ -13,7 +13,7 @@ from pipeline.physics.grid import cell_centres_px, target_map
 from pipeline.physics.psf import render
 from pipeline.physics.sensor import Sensor
 from pipeline.stages.report import Report, count_posterior
-from pipeline.stages.unmix import Unmix
+from pipeline.stages.unmix import MAX_PEAKS, Unmix
 
 SENSOR = Sensor(id="roof", sigma_px=0.5, full_scale=16383, read_noise=6.0, gain=8.0)
 BACKGROUND = 1000.0
@@ -134,6 +134,40 @@ def test_a_frame_without_groups_passes_all_stages():
     check_wire(message)
     assert message["targets"]["id"] == []
     assert message["groups"]["id"] == []
+
+
+def test_of_a_crowded_patch_the_strongest_peaks_are_kept_and_its_group_flagged():
+    patches, truth = scene([GROUPS[0], GROUPS[1], GROUPS[0]])
+    patches.flags[1] = Flag.EDGE
+    rows, columns = np.mgrid[1:33:3, 1:33:3].reshape(2, -1)  # 121 peaks, none beside another
+    strength = np.random.default_rng(5).permutation(len(rows)) * 10.0 + 500.0
+    truth[1] = 0.0
+    truth[1, rows, columns] = strength
+    unmixed = Unmix(
+        Unmix.Config(threshold=0.01), SENSOR, PerfectEngine(truth, "full_scale")
+    ).process(patches)
+    assert unmixed.patch.tolist() == [0] + [1] * MAX_PEAKS + [2]
+    kept = np.sort(strength)[-MAX_PEAKS:]
+    assert_allclose(np.sort(unmixed.intensity[1:-1]), kept, rtol=1e-5)
+    in_order = strength[strength >= kept[0]]
+    assert_allclose(unmixed.intensity[1:-1], in_order, rtol=1e-5)
+    assert unmixed.patches.flags.tolist() == [0, Flag.EDGE | Flag.CROWDED, 0]
+    assert patches.flags.tolist() == [0, Flag.EDGE, 0]
+    report = Report(Report.Config(min_snr=0.0), SENSOR).process(unmixed)
+    message = targets_message(report, stage_ns={}, age_ns=0, gap=[], config="c")
+    assert message["groups"]["flags"] == [[], ["edge", "crowded"], []]
+
+
+def test_as_many_peaks_as_are_kept_are_no_crowd():
+    patches, truth = scene(GROUPS[:1])
+    truth[0] = 0.0
+    truth[0, 1::8, 1::8] = 900.0
+    assert np.count_nonzero(truth) == MAX_PEAKS
+    unmixed = Unmix(
+        Unmix.Config(threshold=0.01), SENSOR, PerfectEngine(truth, "full_scale")
+    ).process(patches)
+    assert len(unmixed.patch) == MAX_PEAKS
+    assert unmixed.patches.flags.tolist() == [0]
 
 
 def unmixed_from(groups) -> Unmixed:
