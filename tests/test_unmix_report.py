@@ -206,6 +206,14 @@ def test_covariance_is_the_bound_of_the_whole_group_plus_the_cell():
     assert report.group.tolist() == [0, 1, 1]
 
 
+def test_a_bad_pixel_under_the_target_widens_its_covariance():
+    whole, holed = (unmixed_from([[(5.3, 4.8, 900.0)]]) for _ in range(2))
+    holed.patches.usable_BHW[0, 5, 5] = False
+    reports = [Report(Report.Config(), SENSOR).process(unmixed) for unmixed in (whole, holed)]
+    assert reports[1].intensity_sigma[0] > 1.2 * reports[0].intensity_sigma[0]
+    assert (reports[1].cov_px2[0, [0, 2]] > reports[0].cov_px2[0, [0, 2]]).all()
+
+
 def test_snr_of_an_isolated_target_is_that_of_the_matched_filter():
     intensity = 30.0  # faint: the noise is that of the background
     report = Report(Report.Config(min_snr=0.0), SENSOR).process(

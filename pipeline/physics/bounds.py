@@ -65,10 +65,12 @@ def fisher_information(
     sensor: Sensor,
     *,
     with_background: bool = False,
+    usable: Array | None = None,
 ) -> Array:
     """Expected Fisher information (..., P, P) of groups of K targets on an H × W patch.
 
-    xy_px (..., K, 2) px, intensity (..., K) counts, background scalar or (...) counts.
+    xy_px (..., K, 2) px, intensity (..., K) counts, background scalar or (...) counts. usable
+    (..., H, W): False for pixels that say nothing; None = all say something.
     """
     xp = array_namespace(xy_px)
     derivatives = jacobian(
@@ -78,7 +80,10 @@ def fisher_information(
     level = xp.asarray(background, dtype=xy_px.dtype)[..., None]
     signal_rows = derivatives[..., 2 : 3 * xy_px.shape[-2] : 3, :]
     mean = level + xp.sum(intensity[..., None] * signal_rows, axis=-2)
-    weighted = derivatives * censored_information(mean, sensor)[..., None, :]
+    weight = censored_information(mean, sensor)
+    if usable is not None:
+        weight = weight * xp.astype(xp.reshape(usable, weight.shape), weight.dtype)
+    weighted = derivatives * weight[..., None, :]
     return xp.matmul(weighted, xp.matrix_transpose(derivatives))
 
 

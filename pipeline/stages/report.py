@@ -81,6 +81,7 @@ class Report(Stage[Unmixed, TargetReport]):
                 shape,
                 self._sensor,
                 with_background=True,
+                usable=patches.usable_BHW[message.patch[rows[:, 0]]],
             )
             bound = cramer_rao(information)
             of = np.arange(size) * 3

@@ -59,7 +59,7 @@ class Unmix(Stage[Patches, Unmixed]):
         if (number > MAX_PEAKS).any():
             peaks = strongest(peaks, MAX_PEAKS)
             flags = message.flags.copy()
-            flags[message.group[number > MAX_PEAKS]] |= Flag.CROWDED
+            flags[message.group[number > MAX_PEAKS]] |= np.uint16(Flag.CROWDED)
             message = replace(message, flags=flags)
         return Unmixed(
             patches=message,
