@@ -1,20 +1,24 @@
 """`pipeline bench`: every stage and hop on this machine, beside the budgets.
 
-Method. A scene recording (640 × 512, 14 bit, 16 groups a frame) is made once, in a temporary
-folder. (1) Each stage by direct call over all frames. (2) The same in processes over ZeroMQ, as
-fast as it goes: its rival is the plain loop of (1), and the ratio of the two is printed. (3) The
-same recording live at 100 Hz: age at publish, each hop from send to receipt with the waiting in
-it, frames lost. (4) One full frame through four credit hops over ipc, one frame at a time.
+Method. A scene recording (640 × 512, 14 bit, 16 groups a frame) is made once, with its map of bad
+pixels, in a temporary folder. (1) Each stage by direct call over all frames, one stage after
+another. (2) Replay in processes over ZeroMQ, as fast as it goes: its rival is the plain loop over
+the same stages, and the ratio of the two is printed. (3) The same recording live at 100 Hz: age at
+publish, each hop from send to receipt with the waiting in it, frames shed. (4) One full frame
+through four credit hops over ipc, one frame at a time.
 """
 
 import os
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -22,14 +26,17 @@ from rich.table import Table
 from pipeline.component import Source, component
 from pipeline.config import PipelineConfig, load_config
 from pipeline.formats.recording import RecordingWriter
-from pipeline.messages import Frame, FrameInfo, Trace
+from pipeline.messages import Frame, FrameInfo, Patches, Trace
 from pipeline.physics.scene import Scene, SceneSettings
 from pipeline.runtime import replay
+from pipeline.runtime.flow import build_flow
+from pipeline.runtime.memory import keep_freed_memory
 from pipeline.runtime.supervisor import Supervisor
 from pipeline.summary import Summary
 from pipeline.transport import codec
 from pipeline.transport.sockets import CreditReceiver, CreditSender
 
+Milliseconds = NDArray[np.float64]
 LIVE_HZ = 100.0
 HOPS = 4
 DETECTION_BUDGET_HZ = 400.0
@@ -41,28 +48,48 @@ def run_bench(frames: int, engine: str | None) -> None:
     """Measure and print; see the module for the method."""
     console = Console()
     with tempfile.TemporaryDirectory(prefix="irst-") as folder:
-        path = Path(folder) / "bench.zarr"
-        _make_recording(path, frames)
-        config = load_config(
-            None, source={"kind": "zarr_recording", "path": str(path)}, engine=engine
-        )
+        bench = Bench(Path(folder), engine)
+        _make_recording(bench, frames)
+        config = bench.config()
         source = _open(config)
-        plain = _collect(replay.in_process(config, source))
-        source.close()
+        keep_freed_memory()
+        stage_ms, patches = _stage_times(config, source)
         console.print(
-            f"\n{frames} frames of 640 × 512, 16 bit; {os.cpu_count()} cores; seed 1; "
-            f"{plain.targets / frames:.1f} targets and {plain.groups / frames:.1f} groups a frame"
+            f"\n{frames} frames of 640 × 512, 16 bit, seed 1; {patches / frames:.1f} windows "
+            f"unmixed a frame; {os.cpu_count()} cores"
         )
-        _print_stages(console, config, plain)
-        _print_flow(console, config, source, plain)
-        _print_live(console, path, engine, source)
+        _print_stages(console, config, stage_ms)
+        _print_flow(console, config, source)
+        _print_live(console, bench.config(rate_hz=LIVE_HZ), source)
     _print_hops(console, frames)
 
 
-def _make_recording(path: Path, frames: int) -> None:
+@dataclass(frozen=True)
+class Bench:
+    """The files of a measurement: recording, bad-pixel map, configuration."""
+
+    folder: Path
+    engine: str | None
+
+    @property
+    def recording(self) -> Path:
+        """The scene."""
+        return self.folder / "bench.zarr"
+
+    def config(self, **source: float) -> PipelineConfig:
+        """Replay of the recording, with the map of bad pixels that every real sensor has."""
+        file = self.folder / "config.yaml"
+        file.write_text(f"sensor: {{bad_pixels: {self.folder / 'bad_pixels.png'}}}\n")
+        settings = {"kind": "zarr_recording", "path": str(self.recording), **source}
+        return load_config(file, source=settings, engine=self.engine)
+
+
+def _make_recording(bench: Bench, frames: int) -> None:
     scene = Scene(SceneSettings(seed=1))
     shape = (scene.settings.height, scene.settings.width)
-    with RecordingWriter(path, shape, scene.settings.sensor) as writer:
+    bad_pixels = scene.bad_pixels_HW.astype(np.uint8) * 255
+    cv2.imwrite(str(bench.folder / "bad_pixels.png"), bad_pixels)
+    with RecordingWriter(bench.recording, shape, scene.settings.sensor) as writer:
         for index in track(range(frames), "making the recording", console=Console(stderr=True)):
             writer.append(scene.frame(index).pixels_HW, round(index * 1e9 / LIVE_HZ))
 
@@ -81,19 +108,36 @@ def _collect(messages: Any) -> Summary:
     return summary
 
 
+def _stage_times(config: PipelineConfig, source: Source) -> tuple[dict[str, Milliseconds], int]:
+    """Milliseconds of each stage for each frame, and the number of patches in all frames."""
+    messages: list[Any] = list(source.frames())
+    stage_ms, patches = {}, 0
+    for name in config.stage_names:
+        flow = build_flow(config, [name], source.sensor, source.shape)
+        done = [flow.process(message, Trace(0, {})) for message in messages]
+        flow.close()
+        messages = [message for message, _ in done]
+        stage_ms[name] = np.array([trace.stage_ns[name] for _, trace in done]) / 1e6
+        if isinstance(messages[0], Patches):
+            patches = sum(len(message.group) for message in messages)
+    return stage_ms, patches
+
+
 def _ratio(measured: float, budget: float) -> str:
     return f"{measured / budget:.2f}"
 
 
-def _print_stages(console: Console, config: PipelineConfig, plain: Summary) -> None:
+def _print_stages(
+    console: Console, config: PipelineConfig, stage_ms: dict[str, Milliseconds]
+) -> None:
     table = Table(
         "stage", "p50 ms", "p99 ms", "frames/s", "budget ms", "p50 / budget",
         title="(1) stages by direct call", title_justify="left",
     )  # fmt: skip
     for node in config.topology:
-        total = np.sum([plain.latency_ns[stage] for stage in node.stages], axis=0) / 1e6
+        total = np.sum([stage_ms[stage] for stage in node.stages], axis=0)
         for stage in node.stages:
-            p50, p99 = np.percentile(np.array(plain.latency_ns[stage]) / 1e6, [50, 99])
+            p50, p99 = np.percentile(stage_ms[stage], [50, 99])
             table.add_row(stage, f"{p50:.2f}", f"{p99:.2f}", f"{1e3 / p50:.0f}", "", "")
         p50, p99 = np.percentile(total, [50, 99])
         budget = node.budget_ms
@@ -102,14 +146,17 @@ def _print_stages(console: Console, config: PipelineConfig, plain: Summary) -> N
             f"{budget:g}", _ratio(p50, budget), end_section=True,
         )  # fmt: skip
     console.print(table)
-    rate = 1e9 / float(np.median(plain.latency_ns["detect"]))
+    rate = 1e3 / float(np.median(stage_ms["detect"]))
     verdict = _ratio(rate, DETECTION_BUDGET_HZ)
     console.print(
         f"up to detection {rate:.0f} frames/s; wanted {DETECTION_BUDGET_HZ:g}: × {verdict}"
     )
 
 
-def _print_flow(console: Console, config: PipelineConfig, source: Source, plain: Summary) -> None:
+def _print_flow(console: Console, config: PipelineConfig, source: Source) -> None:
+    again = _open(config)
+    plain = _collect(replay.in_process(config, again))
+    again.close()
     flow = _collect(replay.over_zeromq(config, source))
     console.print("\n(2) replay as fast as it goes")
     for name, run in (("plain loop", plain), ("over ZeroMQ", flow)):
@@ -117,9 +164,7 @@ def _print_flow(console: Console, config: PipelineConfig, source: Source, plain:
     console.print(f"  ZeroMQ / plain loop: {plain.seconds / flow.seconds:.2f}")
 
 
-def _print_live(console: Console, path: Path, engine: str | None, source: Source) -> None:
-    settings = {"kind": "zarr_recording", "path": str(path), "rate_hz": LIVE_HZ}
-    config = load_config(None, source=settings, engine=engine)
+def _print_live(console: Console, config: PipelineConfig, source: Source) -> None:
     with Supervisor(config, "live", source.sensor, source.shape) as supervisor:
         live = _collect(supervisor.messages())
     table = Table(

@@ -199,6 +199,7 @@ def _print_targets(message: dict[str, Any]) -> None:
 def check(config: ConfigOption = None, engine: EngineOption = None) -> None:
     """Check a configuration without running it, and print the flow it gives."""
     from pipeline.runtime.flow import build_flow
+    from pipeline.runtime.topology import flow_types
 
     settings = load_config(config, engine=engine, default_endpoint=DEFAULT_ENDPOINT)
     source = open_source(settings)
@@ -207,10 +208,9 @@ def check(config: ConfigOption = None, engine: EngineOption = None) -> None:
     table = Table(title=f"{settings.source_kind} → {source.sensor}", title_justify="left")
     for heading in ("node", "stages", "takes", "gives", "replicas", "queue", "budget ms"):
         table.add_column(heading)
-    for node in settings.topology:
-        stages = " ".join(node.stages)
+    for node, types in zip(settings.topology, flow_types(settings.topology), strict=True):
         numbers = (str(node.replicas), str(node.queue), f"{node.budget_ms:g}")
-        table.add_row(node.name, stages, node.takes, node.gives, *numbers)
+        table.add_row(node.name, " ".join(node.stages), *types, *numbers)
     Console().print(table)
     print(f"publishes on {settings.publish.endpoint}; config {settings.digest}; all well")
 

@@ -150,6 +150,14 @@ def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_read(tmp
     assert source.read == 0
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    source = Still()
+    with pytest.raises(PipelineError, match=r"p\.png: folder .* cannot be written"):
+        draw(source, tmp_path / "no-targets.jsonl", tmp_path / "p.png", None)
+    assert source.read == 0
+
+
 def test_a_picture_where_a_folder_is_names_the_place(tmp_path):
     (tmp_path / "taken.png").mkdir()
     with pytest.raises(PipelineError, match=r"taken\.png: cannot write the picture"):

@@ -22,6 +22,7 @@ from pipeline.messages import Dropped, Frame, Trace
 from pipeline.physics.sensor import Sensor
 from pipeline.runtime.account import Reorder
 from pipeline.runtime.flow import build_flow
+from pipeline.runtime.memory import keep_freed_memory
 from pipeline.runtime.output import Output
 from pipeline.runtime.topology import Node
 from pipeline.transport import codec, sockets
@@ -90,6 +91,7 @@ def run_node(task: NodeTask, stop: Event) -> None:
     `stop` is set to end the source. Signals are the supervisor's affair: the node is started with
     them ignored, and ends by itself when its supervisor is gone.
     """
+    keep_freed_memory()
     threading.Thread(target=_outlive_not, args=(task.supervisor_pid,), daemon=True).start()
     control = ControlSender(task.control_endpoint)
     try:

@@ -9,6 +9,7 @@ from pipeline.component import Source
 from pipeline.config import PipelineConfig
 from pipeline.messages import Trace, Wire, check_wire
 from pipeline.runtime.flow import build_flow
+from pipeline.runtime.memory import keep_freed_memory
 from pipeline.runtime.output import Output
 from pipeline.runtime.supervisor import Supervisor
 
@@ -23,6 +24,7 @@ def over_zeromq(config: PipelineConfig, source: Source) -> Messages:
 
 def in_process(config: PipelineConfig, source: Source) -> Messages:
     """The same messages, but for heartbeats, from a plain loop over the same table."""
+    keep_freed_memory()
     waiting: deque[dict[str, Any]] = deque()
     flow = build_flow(config, config.stage_names, source.sensor, source.shape)
     heartbeat_s = config.publish.heartbeat_s

@@ -23,18 +23,16 @@ class Node:
 
     name: str
     stages: tuple[str, ...]
-    takes: str
-    gives: str
     replicas: int = 1
     queue: int = 4
     budget_ms: float = 2.0
 
 
 TOPOLOGY = (
-    #    name     stages               takes      gives           replicas  queue  budget
-    Node("front", ("detect", "crop"), "Frame", "Patches", 1, 4, 2.5),
-    Node("unmix", ("unmix",), "Patches", "Unmixed", 1, 4, 5.0),
-    Node("back", ("report",), "Unmixed", "TargetReport", 1, 16, 1.0),
+    #    name     stages             replicas  queue  budget_ms    # takes → gives
+    Node("front", ("detect", "crop"), 1, 4, 2.5),  # Frame → Patches
+    Node("unmix", ("unmix",), 1, 2, 5.0),  # Patches → Unmixed
+    Node("back", ("report",), 1, 16, 1.0),  # Unmixed → TargetReport
 )
 
 
