@@ -95,14 +95,15 @@ def first_hits(nearest: NDArray[np.int64], close: NDArray[np.bool_]) -> NDArray[
 
 
 def match_at_gate(found_xy: Rows, true_xy: Rows, gate_px: float) -> NDArray[np.int64]:
-    """One-to-one assignment of least total distance, pairs farther apart than the gate left out.
+    """One-to-one assignment of as many pairs within the gate as there can be, the nearest such.
 
     found_xy (n, 2), true_xy (m, 2) px → pairs (p, 2): row of found, row of true.
     """
     if len(found_xy) == 0 or len(true_xy) == 0:
         return np.empty((0, 2), dtype=np.int64)
     distance = np.hypot(*np.moveaxis(found_xy[:, None, :2] - true_xy[None, :, :2], -1, 0))
-    # Distances beyond the gate cost the same, so a far pair never displaces a near one.
-    rows, columns = linear_sum_assignment(np.minimum(distance, 2.0 * gate_px))
+    # A pair beyond the gate costs more than all pairs within it can.
+    beyond_px = gate_px * (1 + min(distance.shape))
+    rows, columns = linear_sum_assignment(np.where(distance <= gate_px, distance, beyond_px))
     keep = distance[rows, columns] <= gate_px
     return np.stack([rows[keep], columns[keep]], axis=1)
