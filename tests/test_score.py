@@ -234,11 +234,3 @@ def test_gate_pairs_are_one_to_one_and_within_it(seed, gate_px):
     free_true = np.delete(true_xy, pairs[:, 1], axis=0)
     left = np.hypot(*np.moveaxis(free_found[:, None] - free_true[None], -1, 0))
     assert (left > gate_px).all()  # nothing that could be paired is left over
-
-
-def test_as_many_pairs_as_possible_are_matched_at_the_gate() -> None:
-    found = np.array([[0.0, 0.0], [1.5, 0.0]])
-    true = np.array([[-1.6, 0.0], [0.1, 0.0]])
-    # nearest first would pair 0 with 1 and leave 1 and 0, 3.1 px apart, over
-    pairs = match_at_gate(found, true, 1.75)
-    assert sorted(pairs.tolist()) == [[0, 0], [1, 1]]

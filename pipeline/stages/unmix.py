@@ -25,12 +25,12 @@ class Unmix(Stage[Patches, Unmixed]):
     class Config(Settings):
         """threshold (network units), separate: see `local_maxima`; None = the engine's own.
 
-        threads: of one process; more cores are better used by more replicas of the node.
+        threads: of one process, None = all cores; with several replicas, share the cores out.
         """
 
         threshold: float | None = Field(None, gt=0.0)
         separate: float | None = Field(None, ge=0.0, le=1.0)
-        threads: int = Field(1, ge=1, le=256)
+        threads: int | None = Field(None, ge=1, le=256)
 
     def __init__(self, config: Config, sensor: Sensor, engine: Engine) -> None:
         self._sensor, self._engine = sensor, engine
