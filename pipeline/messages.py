@@ -104,7 +104,8 @@ class Unmixed:
     patch: NDArray[np.int32]  # (M,) row among the patches
     xy_px: NDArray[np.float64]  # (M, 2)
     intensity: NDArray[np.float64]  # (M,) counts
-    cell_px: float  # side of the grid cell a position is known to, 0 = not on a grid
+    refined: NDArray[np.bool_]  # (M,) fitted to the counts, no longer on the network's grid
+    cell_px: float  # side of that grid's cells
     engine: str  # hash of the engine that found them
     source: str  # name of the method the positions come from
 
@@ -121,6 +122,7 @@ class TargetReport:
     info: FrameInfo
     engine: str
     source: str
+    refined: NDArray[np.bool_]  # (M,) fitted to the counts
     group: NDArray[np.int32]  # (M,) row among the groups
     xy_px: NDArray[np.float64]  # (M, 2)
     cov_px2: NDArray[np.float64]  # (M, 3) xx, xy, yy
@@ -310,7 +312,7 @@ def targets_message(
             "intensity_sigma": report.intensity_sigma.tolist(),
             "p_exist": report.p_exist.tolist(),
             "snr": report.snr.tolist(),
-            "source": [report.source] * number,
+            "source": [report.source + "+refine" * fitted for fitted in report.refined.tolist()],
             "label": [""] * number,
             "flags": [Flag(flags).names for flags in report.flags.tolist()],
         },

@@ -1,7 +1,11 @@
 """The main job, measured: fresh scenes and fresh benchmark data through the shipped engines."""
 
+from pathlib import Path
+
+import cv2
 import numpy as np
 import pytest
+import yaml
 from conftest import write_scene
 
 from engines.loader import MODELS
@@ -17,8 +21,9 @@ from pipeline.summary import Summary, score
 FRESH_SEED = 7_000_001
 
 
-def replayed(path):
-    config = load_config(None, source={"kind": "zarr_recording", "path": str(path)})
+def replayed(path, config_file=None):
+    source = {"kind": "zarr_recording", "path": str(path)}
+    config = load_config(config_file, source=source)
     source = ZarrRecording.build(config.source, {})
     summary = Summary()
     for message, _ in replay.in_process(config, source):
@@ -30,9 +35,17 @@ def replayed(path):
 
 @pytest.fixture(scope="module")
 def scene_run(tmp_path_factory):
-    path = tmp_path_factory.mktemp("acceptance") / "scene.zarr"
-    write_scene(path, 40, seed=FRESH_SEED)
-    return replayed(path)
+    return replayed(scene_path(tmp_path_factory))
+
+
+def scene_path(tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "acceptance" / "scene.zarr"
+    if not path.exists():
+        path.parent.mkdir()
+        scene = write_scene(path, 40, seed=FRESH_SEED)
+        bad_pixels = scene.bad_pixels_HW.astype(np.uint8) * 255
+        cv2.imwrite(str(path.with_name("bad_pixels.png")), bad_pixels)
+    return path
 
 
 def test_seeds_of_the_tests_were_never_trained_on():
@@ -56,6 +69,19 @@ def test_isolated_targets_are_found_within_a_quarter_pixel(scene_run):
 
 def test_false_alarms_are_rarer_than_one_a_frame(scene_run):
     assert score(*scene_run).false_alarms_per_frame <= 1.0
+
+
+def test_refining_resolves_far_more_of_the_tight_groups(tmp_path_factory, tmp_path, scene_run):
+    path = scene_path(tmp_path_factory)
+    shipped = Path(__file__).parents[1] / "configs" / "refine.yaml"
+    settings = yaml.safe_load(shipped.read_text())
+    settings["sensor"] = {"bad_pixels": str(path.with_name("bad_pixels.png"))}
+    config = tmp_path / "refine.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    grid, refined = score(*scene_run), score(*replayed(path, config))
+    assert refined.cso_map > 1.25 * grid.cso_map
+    assert refined.pd > grid.pd + 0.05
+    assert refined.false_alarms_per_frame <= 1.0
 
 
 def test_the_benchmark_engine_reaches_the_grid_on_fresh_data(tmp_path):

@@ -43,6 +43,7 @@ def unmixed() -> Unmixed:
         patch=np.array([0, 2], dtype=np.int32),
         xy_px=np.array([[1.5, 2.5], [3.0, 4.0]]),
         intensity=np.array([10.0, 20.0]),
+        refined=np.array([True, False]),
         cell_px=1 / 3,
         engine="abc",
         source="net",

@@ -1,8 +1,10 @@
 """Patches to targets with an engine that answers perfectly, and what the report makes of them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 from engines.base import Engine
 from engines.manifest import Manifest, SensorNeeds
@@ -12,6 +14,7 @@ from pipeline.physics.bounds import cramer_rao, fisher_information
 from pipeline.physics.grid import cell_centres_px, target_map
 from pipeline.physics.psf import render
 from pipeline.physics.sensor import Sensor
+from pipeline.stages.refine import Refine
 from pipeline.stages.report import Report, count_posterior
 from pipeline.stages.unmix import MAX_PEAKS, Unmix
 
@@ -179,6 +182,7 @@ def unmixed_from(groups) -> Unmixed:
         patch=table[:, 0].astype(np.int32),
         xy_px=table[:, 1:3],
         intensity=table[:, 3],
+        refined=np.zeros(len(table), dtype=np.bool_),
         cell_px=1 / 3,
         engine="abc",
         source="perfect",
@@ -280,3 +284,41 @@ def test_nan_never_passes_the_schema():
     message["targets"]["x_px"][0] = float("nan")
     with pytest.raises(ValueError, match="x_px"):
         check_wire(message)
+
+
+def test_refining_moves_targets_off_the_grid_and_says_so():
+    truth = [[(5.2, 4.7, 3000.0)], [(4.7, 5.1, 2500.0), (5.5, 4.9, 1800.0)]]
+    patches, _ = scene(truth)
+    snapped = [[(5.0, 4.67, 2500.0)], [(4.67, 5.0, 2000.0), (5.67, 5.0, 2000.0)]]
+    unmixed = replace(unmixed_from(snapped), patches=patches)
+    refined = Refine(Refine.Config(), SENSOR).process(unmixed)
+    assert refined.patch.tolist() == [0, 1, 1]
+    assert refined.refined.all()
+    expected = [(x + 100 * k, y + 50) for k, group in enumerate(truth) for x, y, _ in group]
+    assert_allclose(refined.xy_px, expected, atol=0.01)
+    report = Report(Report.Config(), SENSOR).process(refined)
+    message = targets_message(report, stage_ns={}, age_ns=0, gap=[], config="c")
+    check_wire(message)
+    assert message["targets"]["source"] == ["perfect+refine"] * 3
+    assert report.cov_px2[0, 0] < (1 / 3) ** 2 / 12, "no longer that of a cell"
+
+
+def test_where_the_fit_fails_the_networks_answer_is_kept():
+    unmixed = unmixed_from([[(5.0, 5.0, 900.0)]])
+    unmixed.patches.usable_BHW[:] = False  # nothing to fit to
+    refined = Refine(Refine.Config(), SENSOR).process(unmixed)
+    assert not refined.refined.any()
+    assert_array_equal(refined.xy_px, unmixed.xy_px)
+    assert_array_equal(refined.intensity, unmixed.intensity)
+
+
+def test_refining_a_frame_without_targets_changes_nothing():
+    unmixed = unmixed_from([[(5.0, 5.0, 900.0)]])
+    empty = replace(
+        unmixed,
+        patch=unmixed.patch[:0],
+        xy_px=unmixed.xy_px[:0],
+        intensity=unmixed.intensity[:0],
+        refined=unmixed.refined[:0],
+    )
+    assert Refine(Refine.Config(), SENSOR).process(empty) is empty

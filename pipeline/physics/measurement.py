@@ -32,3 +32,16 @@ def log_likelihood(counts: Array, mean: Array, sensor: Sensor) -> Array:
     gaussian = -0.5 * ((counts - mean) ** 2 / var + xp.log(2.0 * math.pi * var))
     censored = log_normal_cdf((mean - (sensor.full_scale - 0.5)) / xp.sqrt(var))
     return xp.where(counts >= sensor.full_scale, censored, gaussian)
+
+
+def score(counts: Array, mean: Array, sensor: Sensor) -> Array:
+    """Derivative of `log_likelihood` by the mean, variance held fixed, 1/DN; shape of `counts`.
+
+    (z − m)/v below full scale; φ(t)/(Φ(t) √v), t = (m − full_scale + ½)/√v, at full scale.
+    """
+    xp = array_namespace(counts, mean)
+    deviation = xp.sqrt(noise.variance(mean, sensor))
+    t = (mean - (sensor.full_scale - 0.5)) / deviation
+    log_pdf = -0.5 * t**2 - 0.5 * math.log(2.0 * math.pi)
+    censored = xp.exp(log_pdf - log_normal_cdf(t)) / deviation
+    return xp.where(counts >= sensor.full_scale, censored, (counts - mean) / deviation**2)

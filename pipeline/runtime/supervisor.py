@@ -31,6 +31,7 @@ from pipeline.transport.sockets import STALL_S, ControlReceiver, SubscriberSocke
 
 DRAIN_S = 5.0
 SILENCE_S = 0.05
+CAUSE_S = 0.3
 
 
 class NodeFailure(PipelineError):
@@ -165,7 +166,7 @@ class Supervisor:
 
     def _watch(self) -> None:
         """Hear what the nodes have to say, and notice those that can say nothing any more."""
-        dead = [c for c in self._children if not c.done and c.process.exitcode is not None]
+        dead = self._silent_dead()
         while (part := self._control.receive(0.0)) is not None:
             event = codec.unpack_wire(part)
             child = next(child for child in self._children if child.name == event["node"])
@@ -174,10 +175,27 @@ class Supervisor:
             if event["event"] == "failed":
                 failure = NodeFailure(event["line"], event["exit_code"])
                 if not child.draining:
+                    self._raise_dead(within_s=CAUSE_S)  # whose death this one may have failed of
                     raise failure
                 self._failure = failure
                 self._drained_by = min(self._drained_by, time.monotonic() + STALL_S)
         for child in dead:
             if not child.done:
-                code = child.process.exitcode
-                raise RunError(f"node {child.name} died (exit code {code}); the run cannot go on")
+                raise _died(child)
+
+    def _silent_dead(self) -> list[_Child]:
+        """Nodes that ended without a word."""
+        return [c for c in self._children if not c.done and c.process.exitcode is not None]
+
+    def _raise_dead(self, within_s: float) -> None:
+        """Raise if a node is found dead within that time."""
+        deadline = time.monotonic() + within_s
+        while time.monotonic() < deadline:
+            for child in self._silent_dead():
+                raise _died(child)
+            time.sleep(0.005)
+
+
+def _died(child: _Child) -> RunError:
+    code = child.process.exitcode
+    return RunError(f"node {child.name} died (exit code {code}); the run cannot go on")

@@ -3,8 +3,8 @@
 A node is a process that runs its stages by direct call; between two nodes is one ZeroMQ hop.
 `queue` is how many frames may wait at each replica of a node; in replay a full queue holds the
 sender back, live it makes the source shed its oldest frame. `budget_ms` is what the node may
-take for a frame of 16 groups. Places kept for later stages: `refine` after `unmix` in the unmix
-node, `fuse` before `report` in the back node; a stage runs where a configuration names it.
+take for a frame of 16 groups. `refine` goes after `unmix` in the unmix node (configs/refine.yaml);
+`fuse` has its place before `report` in the back node. A stage runs where a configuration names it.
 What a node takes and gives follows from its stages: `flow_types`.
 """
 

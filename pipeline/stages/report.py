@@ -49,6 +49,7 @@ class Report(Stage[Unmixed, TargetReport]):
             info=message.info,
             engine=message.engine,
             source=message.source,
+            refined=message.refined[keep],
             group=group,
             xy_px=message.xy_px[keep],
             cov_px2=cov_px2[keep],
@@ -88,7 +89,7 @@ class Report(Stage[Unmixed, TargetReport]):
             per_count = information[:, of + 2, of + 2]
             snr[rows] = message.intensity[rows] * np.sqrt(per_count)
             sigma[rows] = np.sqrt(bound[:, of + 2, of + 2])
-            cell = cell_variance_px2(message.cell_px)
+            cell = np.where(message.refined[rows], 0.0, cell_variance_px2(message.cell_px))
             cov[rows] = np.stack(
                 [bound[:, of, of] + cell, bound[:, of, of + 1], bound[:, of + 1, of + 1] + cell],
                 axis=-1,

@@ -66,6 +66,7 @@ class Unmix(Stage[Patches, Unmixed]):
             patch=peaks.image.astype(np.int32),
             xy_px=peaks.xy_px + message.origin_px[peaks.image],
             intensity=peaks.intensity * unit[peaks.image],
+            refined=np.zeros(len(peaks.image), dtype=np.bool_),
             cell_px=1.0 / manifest.c,
             engine=manifest.onnx_sha256[:12],
             source=manifest.name,
