@@ -1,18 +1,29 @@
 """`pipeline replay` as a user runs it: real processes, real sockets, real files."""
 
 import json
+import shutil
 import socket
 import threading
+from pathlib import Path
 
 import msgpack
 import numpy as np
 import pytest
+import zarr
 import zmq
 from conftest import assert_one_line_error, write_scene
 
+from engines.loader import MODELS
+from engines.manifest import read_manifest
+from pipeline import cli
+from pipeline.errors import RunError
+from pipeline.formats.csist import write_csist
 from pipeline.formats.recording import RecordingWriter
 from pipeline.messages import TargetsMessage, check_wire
+from pipeline.physics.groups import PROFILES
 from pipeline.physics.sensor import Sensor
+
+CLIPS = Path(__file__).parent / "data"
 
 
 def read_lines(path):
@@ -145,6 +156,61 @@ def test_constant_and_black_frames_give_no_target_and_no_crash(command, tmp_path
     assert [message["targets"]["id"] for message in read_lines(out)] == [[], [], []]
 
 
+@pytest.mark.parametrize("clip", sorted(CLIPS.glob("*.mp4")), ids=lambda path: path.stem)
+def test_real_thermal_video_replays_and_adds_up(command, clip, tmp_path):
+    out = tmp_path / "out.jsonl"
+    result = command("pipeline", "replay", clip, "--out", out)
+    assert result.returncode == 0, result.stderr
+    messages = read_lines(out)
+    assert len(messages) >= 300
+    assert (
+        f"accounting: {len(messages)} in = {len(messages)} published + 0 dropped" in result.stdout
+    )
+    for message in messages:
+        check_wire(message)
+        assert message["frame_flags"] == ["compressed"]
+    found = [bool(message["targets"]["id"]) for message in messages]
+    assert np.mean(found) > 0.9, "there is an aircraft in every frame"
+
+
+def test_a_csist_dataset_replays_as_a_mosaic_and_is_scored(command, tmp_path):
+    path = tmp_path / "csist.zarr"
+    write_csist(path, PROFILES["csist-100k"], 300, 7_000_002)
+    outputs = []
+    for name, words in (("zmq", ()), ("plain", ("--in-process",))):
+        out = tmp_path / f"{name}.jsonl"
+        result = command("pipeline", "replay", path, "--out", out, *words)
+        assert result.returncode == 0, result.stderr
+        assert "accounting: 2 in = 2 published + 0 dropped (adds up)" in result.stdout
+        outputs.append([without_times(message) for message in read_lines(out)])
+    assert outputs[0] == outputs[1]
+    score = next(line for line in result.stdout.splitlines() if line.startswith("score: CSO-mAP"))
+    assert float(score.split()[2]) > 0.38
+    assert {message["engine"] for message in outputs[0]} == {shipped_hash("dista_net")}
+
+
+def shipped_hash(name):
+    return read_manifest(MODELS / f"{name}.json").onnx_sha256[:12]
+
+
+def test_replay_fails_when_a_message_is_missing(monkeypatch, scene_recording, capsys):
+    """A stream that loses a message on the way to the supervisor must not end well."""
+    from pipeline.runtime import replay
+
+    whole = replay.in_process
+
+    def lossy(config, source):
+        for message, model in whole(config, source):
+            if message.get("frame_seq") != 3:
+                yield message, model
+
+    monkeypatch.setattr(replay, "in_process", lossy)
+    with pytest.raises(RunError, match="totals do not add up") as error:
+        cli.replay(scene_recording, in_process=True, rate="max")
+    assert error.value.exit_code == 1
+    assert "does NOT add up" in capsys.readouterr().out
+
+
 def test_picture_is_a_png_of_the_frame_and_its_largest_group(
     command, scene_recording, replayed, tmp_path
 ):
@@ -179,6 +245,27 @@ def test_a_file_that_is_no_video(command, tmp_path):
     assert_one_line_error(command("pipeline", "replay", file), "notes.mp4")
 
 
+@pytest.mark.parametrize("name", ["frame", "timestamp_ns", "truth/xy_px"])
+def test_a_recording_without_an_array_names_it(command, scene_recording, tmp_path, name):
+    path = tmp_path / "broken.zarr"
+    shutil.copytree(scene_recording, path)
+    shutil.rmtree(path / name)
+    assert_one_line_error(command("pipeline", "replay", path), "broken.zarr", name)
+
+
+@pytest.mark.parametrize(
+    ("array", "fragment"),
+    [(np.zeros((3, 64, 64), np.float32), "float32"), (np.zeros((3, 64), np.uint16), "frame")],
+)
+def test_frames_of_another_type_or_shape_are_named(command, tmp_path, array, fragment):
+    path = tmp_path / "wrong.zarr"
+    with RecordingWriter(path, (64, 64), Sensor(full_scale=16383)) as writer:
+        for index in range(3):
+            writer.append(np.zeros((64, 64), dtype=np.uint16), index)
+    zarr.open_group(str(path), mode="a").create_array("frame", data=array, overwrite=True)
+    assert_one_line_error(command("pipeline", "replay", path), "wrong.zarr", "frame", fragment)
+
+
 def test_frames_smaller_than_a_patch(command, tmp_path):
     path = tmp_path / "small.zarr"
     with RecordingWriter(path, (8, 64), Sensor(full_scale=16383)) as writer:
@@ -204,6 +291,32 @@ def test_a_config_that_does_not_fit(command, scene_recording, tmp_path, text, fr
 def test_an_engine_that_does_not_exist(command, scene_recording):
     result = command("pipeline", "replay", scene_recording, "--engine", "warp")
     assert_one_line_error(result, "warp", "dista_net")
+
+
+@pytest.mark.parametrize(
+    ("damage", "fragment"),
+    [
+        (lambda folder: (folder / "e.onnx").unlink(), "missing"),
+        (lambda folder: (folder / "e.onnx").write_bytes(b"half"), "truncated"),
+        (lambda folder: change(folder, c=4), "c must be odd"),
+        (lambda folder: change(folder, c=5), "c 5"),
+        (lambda folder: change(folder, sensor={"sigma_px": 1.5}), "sigma_px"),
+        (lambda folder: (folder / "e.json").write_text("{"), "e.json"),
+    ],
+    ids=["missing", "truncated", "even c", "other c", "other sigma", "no manifest"],
+)
+def test_an_engine_that_cannot_be_used(command, scene_recording, tmp_path, damage, fragment):
+    for suffix in (".json", ".onnx"):
+        shutil.copy(MODELS / f"dista_net_field{suffix}", tmp_path / f"e{suffix}")
+    damage(tmp_path)
+    engine = tmp_path / "e.json"
+    result = command("pipeline", "replay", scene_recording, "--engine", engine)
+    assert_one_line_error(result, fragment)
+
+
+def change(folder, **fields):
+    manifest = json.loads((folder / "e.json").read_text())
+    (folder / "e.json").write_text(json.dumps(manifest | fields))
 
 
 def test_a_port_in_use(command, scene_recording):
