@@ -200,6 +200,23 @@ def test_perfect_detection_on_the_grid_scores_the_known_ceiling() -> None:
     assert 0.3 < figures["nees"] < 1.05
 
 
+def test_refined_detections_break_the_ceiling_of_the_grid() -> None:
+    data = dataset("interior", 300)
+    engine = FakeEngine(perfect_maps(data, 255.0))
+    grid, refined = evaluate(data, engine), evaluate(data, engine, refined=True)
+    assert grid["cso_map"] < 0.5 < 0.65 < refined["cso_map"]
+    assert refined["rmse_px"] < 0.8 * grid["rmse_px"]
+    assert refined["refined"] is True
+
+
+def test_an_engine_that_finds_nothing_is_refined_to_nothing() -> None:
+    data = dataset("interior", 20)
+    maps = np.zeros((20, 33, 33), np.float32)
+    figures = evaluate(data, FakeEngine(maps), refined=True)
+    assert figures["cso_map"] == 0.0
+    assert figures["rmse_px"] is None
+
+
 def test_bound_grows_with_the_number_of_targets() -> None:
     data = dataset("csist-100k", 300)
     figures = evaluate(data, FakeEngine(perfect_maps(data, 255.0)))

@@ -217,10 +217,6 @@ def test_shipped_weights_are_chosen_by_sensor(folder: Path, tmp_path: Path) -> N
         ("evaluate --dataset {}/data.zarr --engine nosuch", ["no `nosuch`"]),
         ("evaluate --dataset {}/data.zarr --network nosuch", ["no `nosuch`"]),
         (
-            "evaluate --dataset {}/data.zarr --engine {}/tiny.json --refine",
-            ["no refinement stage yet"],
-        ),
-        (
             "evaluate --dataset {}/field.zarr --engine {}/tiny.json",
             ["full_scale 255, the sensor has 16383"],
         ),

@@ -105,8 +105,6 @@ def evaluate(
         raise TrainerError("evaluate: give either --network NAME or --engine NAME")
     if weights is not None and network is None:
         raise TrainerError("--weights: belongs to a network; give --network NAME with it")
-    if refine:
-        raise TrainerError("--refine: there is no refinement stage yet; use --no-refine")
     from engines.loader import load
     from pipeline.formats.csist import read_csist
     from trainer import evaluate as scoring
@@ -122,7 +120,7 @@ def evaluate(
 
         loaded = load_trained(str(network), weights, data.sensor)
     with loaded, _progress(loaded.manifest.name, len(data)) as show:
-        figures = scoring.evaluate(data, loaded, show)
+        figures = scoring.evaluate(data, loaded, show, refined=refine)
     scoring.print_figures(figures, Console())
     if json_out is not None:
         json_out.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")

@@ -12,8 +12,11 @@ from rich.table import Table
 
 from engines.base import Engine
 from pipeline.formats.csist import CsistDataset
+from pipeline.physics.fit import Window
 from pipeline.physics.grid import cell_variance_px2
 from pipeline.physics.groups import MAX_TARGETS
+from pipeline.physics.select import Candidates, refine
+from pipeline.physics.sensor import Sensor
 from trainer.errors import TrainerError
 from trainer.metrics import (
     MATCH_GATE_PX,
@@ -31,7 +34,11 @@ _PATCHES_AT_ONCE = 256
 
 
 def evaluate(
-    dataset: CsistDataset, engine: Engine, progress: Callable[[int], None] | None = None
+    dataset: CsistDataset,
+    engine: Engine,
+    progress: Callable[[int], None] | None = None,
+    *,
+    refined: bool = False,
 ) -> dict[str, Any]:
     """Every figure of merit as plain JSON types; null where a figure does not exist.
 
@@ -43,12 +50,13 @@ def evaluate(
     targets, median over images; crb_px_by_count: by number of targets. Unlike rmse_px it is not
     cut off at 0.5 px. intensity_rmse_relative: of the matched. nees: mean per dimension of their
     position errors, with the covariance the pipeline publishes: the bound at the estimated group
-    plus the variance within a grid cell. patches_per_s: of the network alone. progress: called
+    plus, unless refined, the variance within a grid cell. patches_per_s: of the network and, if
+    refined, the fit. progress: called
     with the number of patches done.
     """
     if len(dataset) == 0:
         raise TrainerError("dataset: has no images; generate one with --count 1 or more")
-    found, seconds = detect(dataset, engine, progress)
+    found, seconds = detect(dataset, engine, progress, refined=refined)
     true = dataset.truths()
     scored = cso_map(found, true)
     matched, error = matched_errors(found, true)
@@ -56,6 +64,7 @@ def evaluate(
     manifest = engine.manifest
     figures = {
         "engine": manifest.name,
+        "refined": refined,
         "network": manifest.network,
         "onnx_sha256": manifest.onnx_sha256,
         "threshold": manifest.detection_threshold,
@@ -73,16 +82,23 @@ def evaluate(
         "crb_px": _median(np.concatenate(list(by_count.values()) or [np.empty(0)])),
         "crb_px_by_count": {str(count): _median(values) for count, values in by_count.items()},
         "intensity_rmse_relative": _rms(error[:, 2]),
-        "nees": _nees(dataset, found, matched, error, 1.0 / manifest.c),
+        "nees": _nees(dataset, found, matched, error, 0.0 if refined else 1.0 / manifest.c),
         "patches_per_s": len(dataset) / seconds,
     }
     return {key: _finite(value) for key, value in figures.items()}
 
 
 def detect(
-    dataset: CsistDataset, engine: Engine, progress: Callable[[int], None] | None = None
+    dataset: CsistDataset,
+    engine: Engine,
+    progress: Callable[[int], None] | None = None,
+    *,
+    refined: bool = False,
 ) -> tuple[list[NDArray[np.float64]], float]:
-    """Grid detections (n, 3) x px, y px, counts of each image, and the network's seconds."""
+    """Detections (n, 3) x px, y px, counts of each image, and the seconds they took.
+
+    Every cell at or above the manifest's threshold; refined: what the likelihood makes of these.
+    """
     manifest = engine.manifest
     if dataset.image.shape[1:] != (manifest.size_px, manifest.size_px):
         raise TrainerError(
@@ -101,11 +117,32 @@ def detect(
         )
         began = time.perf_counter()
         maps = engine.infer(signal)
+        rows = grid_rows(maps, unit, manifest.c, manifest.detection_threshold)
+        if refined:
+            background = counts - signal * unit[:, None, None]
+            rows = _refined(rows, counts, background, dataset.sensor)
         seconds += time.perf_counter() - began
-        found += grid_rows(maps, unit, manifest.c, manifest.detection_threshold)
+        found += rows
         if progress is not None:
             progress(len(found))
     return found, seconds
+
+
+def _refined(
+    rows: list[NDArray[np.float64]],
+    counts_BHW: NDArray[np.float32],
+    background_BHW: NDArray[np.float32],
+    sensor: Sensor,
+) -> list[NDArray[np.float64]]:
+    """The same lists after the fit; an image without candidates stays without."""
+    patch = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    table = np.concatenate(rows)
+    start = Candidates(patch, table[:, :2], table[:, 2], np.zeros(len(patch), dtype=np.bool_))
+    usable = np.ones(counts_BHW.shape, dtype=np.bool_)
+    window = Window(counts_BHW.astype(np.float64), background_BHW.astype(np.float64), usable)
+    found = refine(window, start, sensor)
+    table = np.column_stack([found.xy_px, found.intensity])
+    return np.split(table, np.searchsorted(found.patch, np.arange(1, len(rows))))
 
 
 def _bounds_by_count(
