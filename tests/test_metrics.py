@@ -202,8 +202,9 @@ def test_perfect_detection_on_the_grid_scores_the_known_ceiling() -> None:
 
 def test_refined_detections_break_the_ceiling_of_the_grid() -> None:
     data = dataset("interior", 300)
-    engine = FakeEngine(perfect_maps(data, 255.0))
-    grid, refined = evaluate(data, engine), evaluate(data, engine, refined=True)
+    maps = perfect_maps(data, 255.0)
+    grid = evaluate(data, FakeEngine(maps))
+    refined = evaluate(data, FakeEngine(maps), refined=True)
     assert grid["cso_map"] < 0.5 < 0.65 < refined["cso_map"]
     assert refined["rmse_px"] < 0.8 * grid["rmse_px"]
     assert refined["refined"] is True
