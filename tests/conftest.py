@@ -2,7 +2,8 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,19 @@ def assert_one_line_error(result: subprocess.CompletedProcess[str], *fragments: 
     assert len(lines) == 1, result.stderr
     for fragment in fragments:
         assert fragment in lines[0], lines[0]
+
+
+@contextmanager
+def small_training() -> Iterator[None]:
+    """Torch on one thread, which is quick for small networks, and few pairs to begin with."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("trainer.fit.INITIAL_PAIRS", 500)
+        yield
+    torch.set_num_threads(threads)
 
 
 def write_scene(path: Path, frames: int, seed: int = 3, **settings: object) -> Scene:

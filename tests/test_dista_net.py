@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import small_training
 
 from pipeline.physics.groups import PROFILES
 from trainer import registry
@@ -19,10 +20,8 @@ SMALL = {"stages": 2, "channels": 4, "hidden": 8}
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with small_training():
+        yield
 
 
 def small_network(**settings: object) -> UnmixingNetwork:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import small_training
 
 from trainer.errors import TrainerError, TrainingFailed
 from trainer.fit import Run, averaged_weights, load_checkpoint
@@ -24,12 +25,8 @@ CONFIG = FitConfig(
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("trainer.fit.INITIAL_PAIRS", 500)
+    with small_training():
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
+from conftest import small_training
 
 from engines.manifest import read_manifest
 from pipeline.formats.csist import read_csist
@@ -34,12 +34,8 @@ class Result:
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("trainer.fit.INITIAL_PAIRS", 500)
+    with small_training():
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -248,7 +244,7 @@ def test_altered_or_truncated_weights_are_refused(folder: Path, tmp_path: Path) 
     with pytest.raises(trained.TrainerError, match=r"bad\.pt: the weights were altered"):
         trained.load_trained("dista_net", path, sensor)
     path.write_bytes((folder / "tiny.pt").read_bytes()[:-300])
-    with pytest.raises(trained.TrainerError, match=r"bad\.pt: not readable weights, truncated"):
+    with pytest.raises(trained.TrainerError, match=r"bad\.pt: not a readable weights file, truncated"):
         trained.load_trained("dista_net", path, sensor)
 
 

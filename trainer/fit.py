@@ -2,7 +2,6 @@
 
 import json
 import math
-import pickle
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from trainer.errors import TrainerError, TrainingFailed
 from trainer.fit_config import DETECTION_THRESHOLD, VALIDATION_SEED, FitConfig, fit_config
 from trainer.metrics import cso_map, grid_rows
 from trainer.network import UnmixingNetwork
+from trainer.tensors import read_tensors
 from trainer.units import to_network_units
 
 CHECKPOINT = "checkpoint.pt"
@@ -210,18 +210,9 @@ def read_log(folder: Path, step: int) -> list[dict[str, float]]:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a run's checkpoint: tensors and plain types only, never code."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise TrainerError(f"{path}: no such checkpoint; `trainer fit` writes one") from error
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise TrainerError(
-            f"{path}: not a readable checkpoint, truncated perhaps; restore it or train again"
-        ) from error
-    if not isinstance(state, dict) or not {"config", "step", "average"} <= state.keys():
-        raise TrainerError(f"{path}: not the checkpoint of a run; `trainer fit` writes one")
-    return state
+    """Read a run's checkpoint; raises TrainerError if it is none, or not whole."""
+    keys = {"config", "step", "average"}
+    return read_tensors(path, keys, "checkpoint of a run", "`trainer fit` writes one")
 
 
 def averaged_weights(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ without running any code. The shipped ones are in trainer/weights.
 """
 
 import hashlib
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from engines.manifest import Manifest, SensorLike
 from trainer import registry
 from trainer.errors import TrainerError
 from trainer.network import UnmixingNetwork
+from trainer.tensors import read_tensors
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -85,16 +85,8 @@ def write_weights(path: Path, manifest: Manifest, state: dict[str, Tensor]) -> N
 
 def read_weights(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
     """Read and check a weights file; raises TrainerError if it is not one, or not whole."""
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise TrainerError(f"{path}: no such weights; `trainer export` writes them") from error
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise TrainerError(
-            f"{path}: not readable weights, truncated perhaps; copy or export them again"
-        ) from error
-    if not isinstance(data, dict) or data.keys() != {"manifest", "weights"}:
-        raise TrainerError(f"{path}: not a weights file; make one of a run with `trainer export`")
+    keys = {"manifest", "weights"}
+    data = read_tensors(path, keys, "weights file", "make one of a run with `trainer export`")
     try:
         manifest = Manifest.model_validate(data["manifest"])
     except ValidationError as error:
