@@ -244,7 +244,9 @@ def test_altered_or_truncated_weights_are_refused(folder: Path, tmp_path: Path) 
     with pytest.raises(trained.TrainerError, match=r"bad\.pt: the weights were altered"):
         trained.load_trained("dista_net", path, sensor)
     path.write_bytes((folder / "tiny.pt").read_bytes()[:-300])
-    with pytest.raises(trained.TrainerError, match=r"bad\.pt: not a readable weights file, truncated"):
+    with pytest.raises(
+        trained.TrainerError, match=r"bad\.pt: not a readable weights file, truncated"
+    ):
         trained.load_trained("dista_net", path, sensor)
 
 
