@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from pipeline.component import Source, component
-from pipeline.config import PipelineConfig, load_config
+from pipeline.component import Source
+from pipeline.config import PipelineConfig, load_config, open_source
 from pipeline.formats.recording import RecordingWriter
 from pipeline.messages import Frame, FrameInfo, Patches, Trace
 from pipeline.physics.scene import Scene, SceneSettings
@@ -51,7 +51,7 @@ def run_bench(frames: int, engine: str | None) -> None:
         bench = Bench(Path(folder), engine)
         _make_recording(bench, frames)
         config = bench.config()
-        source = _open(config)
+        source = open_source(config)
         keep_freed_memory()
         stage_ms, patches = _stage_times(config, source)
         console.print(
@@ -92,13 +92,6 @@ def _make_recording(bench: Bench, frames: int) -> None:
     with RecordingWriter(bench.recording, shape, scene.settings.sensor) as writer:
         for index in track(range(frames), "making the recording", console=Console(stderr=True)):
             writer.append(scene.frame(index).pixels_HW, round(index * 1e9 / LIVE_HZ))
-
-
-def _open(config: PipelineConfig) -> Source:
-    source: Source = component("source", config.source_kind).build(
-        config.source, config.sensor.overrides()
-    )
-    return source
 
 
 def _collect(messages: Any) -> Summary:
@@ -154,7 +147,7 @@ def _print_stages(
 
 
 def _print_flow(console: Console, config: PipelineConfig, source: Source) -> None:
-    again = _open(config)
+    again = open_source(config)
     plain = _collect(replay.in_process(config, again))
     again.close()
     flow = _collect(replay.over_zeromq(config, source))

@@ -14,8 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pipeline.command import run_app
-from pipeline.component import Source, component
-from pipeline.config import PipelineConfig, load_config
+from pipeline.config import load_config, open_source
 from pipeline.errors import PipelineError, RunError
 from pipeline.summary import Summary, adds_up, print_accounting, print_summary, score
 
@@ -254,13 +253,6 @@ def picture(
     finally:
         source.close()
     print(f"wrote {out}: frame {number}")
-
-
-def open_source(config: PipelineConfig) -> Source:
-    """The configured source; raises PipelineError if it cannot be opened."""
-    kind = component("source", config.source_kind)
-    source: Source = kind.build(config.source, config.sensor.overrides())
-    return source
 
 
 def _file_source(path: Path) -> dict[str, Any]:

@@ -45,10 +45,13 @@ class Stage(ABC, Generic[In, Out]):
 
     Config: ClassVar[type[Settings]]
 
+    def __init__(self, config: Any, sensor: Sensor) -> None:
+        self._config, self._sensor = config, sensor
+
     @classmethod
-    @abstractmethod
     def build(cls, config: Any, context: Context) -> Self:
-        """Make the stage from its settings and what it needs of the context."""
+        """Make the stage from its settings and what it needs of the context: mostly the sensor."""
+        return cls(config, context.sensor)
 
     @abstractmethod
     def process(self, message: In) -> Out:

@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 
 import cv2
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from pipeline.component import Settings, component
+from pipeline.component import Settings, Source, component
 from pipeline.errors import PipelineError
+from pipeline.formats.yaml_map import read_yaml_map
 from pipeline.runtime.topology import TOPOLOGY, Node, flow_types
 
 S = TypeVar("S", bound=BaseModel)
@@ -134,7 +134,7 @@ def load_config(
     default. Raises PipelineError naming file, path of the field and the fields that exist there.
     """
     where = str(path) if path else "configuration"
-    data = _read_yaml(path) if path else {}
+    data = read_yaml_map(path) if path else {}
     topology = _topology(data.pop("topology", None), where)
     stage_names = [stage for node in topology for stage in node.stages]
     chosen = source if source is not None else data.get("source", {"kind": "synthetic"})
@@ -169,23 +169,6 @@ def load_config(
         },
         publish=_section(PublishSettings, published, "publish", where),
     )
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PipelineError(f"{path}: cannot read the configuration ({error.strerror})") from error
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        # Beside its own errors PyYAML lets through what odd scalars (2001-99-99, !!int "",
-        # !!timestamp x) and deep nesting trip over.
-        first = " ".join(str(error).split())
-        raise PipelineError(f"{path}: not valid YAML: {first}") from error
-    if data is None:
-        return {}
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise PipelineError(f"{path}: the configuration must be a map of named sections")
-    return data
 
 
 def _section(model: type[S], data: Any, name: str, where: str) -> S:
@@ -241,6 +224,13 @@ def _topology(data: Any, where: str) -> tuple[Node, ...]:
             )
     flow_types(rows, where)
     return tuple(rows)
+
+
+def open_source(config: PipelineConfig) -> Source:
+    """The configured source; raises PipelineError if it cannot be opened."""
+    kind = component("source", config.source_kind)
+    source: Source = kind.build(config.source, config.sensor.overrides())
+    return source
 
 
 def load_bad_pixels(path: Path | None, shape: tuple[int, int]) -> NDArray[np.bool_] | None:

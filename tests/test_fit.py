@@ -172,6 +172,7 @@ def test_config_file_and_overrides(tmp_path: Path) -> None:
         ("samples: -3", "samples: input should be greater than 0, got -3"),
         ("- 3", "must be a map"),
         ("a: [", "not valid YAML"),
+        ("seed: 2001-99-99", "not valid YAML"),
         ("network: focus", "is for `focus`; run `trainer fit focus`"),
     ],
 )

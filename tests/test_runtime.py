@@ -15,6 +15,7 @@ from conftest import BIN
 
 from pipeline.component import Stage
 from pipeline.messages import Dropped, Frame, FrameInfo, Trace
+from pipeline.physics.sensor import Sensor
 from pipeline.runtime.flow import Flow
 from pipeline.runtime.node import _shedding
 from pipeline.runtime.topology import TOPOLOGY
@@ -224,10 +225,6 @@ def test_check_prints_the_flow_and_runs_nothing(run_dir):
 
 
 class _Trips(Stage[Frame, Frame]):
-    @classmethod
-    def build(cls, config, context):
-        return cls()
-
     def process(self, message: Frame) -> Frame:
         if message.info.seq == 1:
             raise ValueError("this frame\n  is cursed")
@@ -235,7 +232,8 @@ class _Trips(Stage[Frame, Frame]):
 
 
 def test_a_frame_a_stage_trips_over_is_dropped_by_name_and_the_next_goes_on():
-    flow = Flow([("good", _Trips()), ("never", _Trips())], clock=iter(range(100)).__next__)
+    trips = _Trips(None, Sensor())
+    flow = Flow([("good", trips), ("never", trips)], clock=iter(range(100)).__next__)
     results = []
     for seq in range(3):
         info = FrameInfo(seq, "s", 0, "utc", (1, 1))

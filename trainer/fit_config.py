@@ -4,11 +4,12 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engines.errors import first_fault
 from engines.scaling import Scaling
+from pipeline.errors import PipelineError
+from pipeline.formats.yaml_map import read_yaml_map
 from trainer.errors import TrainerError
 
 VALIDATION_SEED = 900_001
@@ -69,22 +70,13 @@ def read_fit_config(path: Path | None, network: str, **overrides: int | None) ->
 
     Overrides that are None say nothing. Raises TrainerError naming file and field.
     """
-    fields = _read_yaml(path) if path else {}
+    try:
+        fields = read_yaml_map(path) if path else {}
+    except PipelineError as error:
+        raise TrainerError(str(error)) from error
     if fields.setdefault("network", network) != network:
         raise TrainerError(
             f"{path}: network: is for `{fields['network']}`; run `trainer fit {fields['network']}`"
         )
     fields.update({name: value for name, value in overrides.items() if value is not None})
     return fit_config(fields, str(path or "fit"))
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TrainerError(f"{path}: cannot read the configuration ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TrainerError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict | None):
-        raise TrainerError(f"{path}: the configuration must be a map of fields")
-    return data or {}

@@ -99,9 +99,9 @@ def fit(window: Window, groups: Groups, sensor: Sensor, iterations: int = 12) ->
         tried, promised = _step(here, now, sensor, damping[active])
         better = tried.log_likelihood >= now.log_likelihood
         done = promised < CONVERGED_GAIN
-        groups = groups.put(active, replace(now, converged=done))
         taken = np.flatnonzero(better)
-        groups = groups.put(active[taken], replace(tried, converged=done).take(taken))
+        now = replace(now.put(taken, tried.take(taken)), converged=done)
+        groups = groups.put(active, now)
         damping[active] = np.where(better, damping[active] * 0.2, damping[active] * 8.0)
         stuck = damping[active] > STIFFEST
         active = active[~done & ~stuck]

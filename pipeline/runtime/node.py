@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engines.errors import EngineError
-from pipeline.component import Source, component
-from pipeline.config import PipelineConfig
+from pipeline.component import Source
+from pipeline.config import PipelineConfig, open_source
 from pipeline.errors import PipelineError, RunError
 from pipeline.messages import Dropped, Frame, Trace
 from pipeline.physics.sensor import Sensor
@@ -160,9 +160,7 @@ def _encoded(message: Any, trace: Trace) -> list[Any]:
 
 
 def _run_front(task: NodeTask, stop: Event, control: ControlSender) -> None:
-    source: Source = component("source", task.config.source_kind).build(
-        task.config.source, task.config.sensor.overrides()
-    )
+    source = open_source(task.config)
     flow = build_flow(task.config, task.node.stages, task.sensor, task.shape)
     sender = _sender(task)
     frames_in = 0

@@ -1,18 +1,15 @@
 """Blobs → patches: a window round each group that can be unmixed, and its local background."""
 
-from typing import Self
-
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pipeline.component import Context, Settings, Stage
+from pipeline.component import Settings, Stage
 from pipeline.errors import PipelineError
 from pipeline.messages import Blobs, Flag, Patches, Tiling
 from pipeline.physics import noise
 from pipeline.physics.background import plane_background
 from pipeline.physics.groups import SIZE_PX
-from pipeline.physics.sensor import Sensor
 
 REACH = SIZE_PX // 2
 Integers = NDArray[np.int64]
@@ -34,14 +31,6 @@ class Crop(Stage[Blobs, Patches]):
         """
 
         max_clutter: float = Field(5.0, gt=1.0)
-
-    def __init__(self, config: Config, sensor: Sensor) -> None:
-        self._config, self._sensor = config, sensor
-
-    @classmethod
-    def build(cls, config: Config, context: Context) -> Self:
-        """Needs the sensor's noise and full scale."""
-        return cls(config, context.sensor)
 
     def process(self, message: Blobs) -> Patches:
         """One patch for each group that has a window, groups in the order of the blobs."""

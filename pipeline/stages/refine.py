@@ -1,16 +1,14 @@
 """Off the grid: the targets of each patch fitted together on the censored likelihood."""
 
 from dataclasses import replace
-from typing import Self
 
 import numpy as np
 from pydantic import Field
 
-from pipeline.component import Context, Settings, Stage
+from pipeline.component import Settings, Stage
 from pipeline.messages import Unmixed
 from pipeline.physics.fit import Window
 from pipeline.physics.select import ADDITIONS, PENALTY, Candidates, refine
-from pipeline.physics.sensor import Sensor
 
 
 class Refine(Stage[Unmixed, Unmixed]):
@@ -24,14 +22,6 @@ class Refine(Stage[Unmixed, Unmixed]):
 
         penalty: float = Field(PENALTY, ge=0.0)
         additions: int = Field(ADDITIONS, ge=0, le=8)
-
-    def __init__(self, config: Config, sensor: Sensor) -> None:
-        self._config, self._sensor = config, sensor
-
-    @classmethod
-    def build(cls, config: Config, context: Context) -> Self:
-        """Needs the sensor's imaging model only."""
-        return cls(config, context.sensor)
 
     def process(self, message: Unmixed) -> Unmixed:
         """The same patches with targets off the grid."""

@@ -5,18 +5,15 @@ unknown, plus the variance of a uniform error over the grid cell, cell²/12 alon
 network that answers in cells knows a position no better than that.
 """
 
-from typing import Self
-
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 from scipy.special import ndtr
 
-from pipeline.component import Context, Settings, Stage
+from pipeline.component import Settings, Stage
 from pipeline.messages import MAX_COUNT, TargetReport, Unmixed
 from pipeline.physics.bounds import cramer_rao, fisher_information
 from pipeline.physics.grid import cell_variance_px2
-from pipeline.physics.sensor import Sensor
 
 Vector = NDArray[np.float64]
 
@@ -28,14 +25,6 @@ class Report(Stage[Unmixed, TargetReport]):
         """min_snr: a target whose matched-filter SNR, its fellows known, is lower is left out."""
 
         min_snr: float = Field(4.0, ge=0.0)
-
-    def __init__(self, config: Config, sensor: Sensor) -> None:
-        self._config, self._sensor = config, sensor
-
-    @classmethod
-    def build(cls, config: Config, context: Context) -> Self:
-        """Needs the sensor's imaging model only."""
-        return cls(config, context.sensor)
 
     def process(self, message: Unmixed) -> TargetReport:
         """All targets of the frame that are significant, with what is known of each."""
