@@ -89,7 +89,7 @@ def run_node(task: NodeTask, stop: Event) -> None:
     """Run one node to the end of the stream; the entry point of its process.
 
     `stop` is set to end the source. Signals are the supervisor's affair: the node is started with
-    them ignored, and ends by itself when its supervisor is gone.
+    them blocked, and ends by itself when its supervisor is gone.
     """
     keep_freed_memory()
     threading.Thread(target=_outlive_not, args=(task.supervisor_pid,), daemon=True).start()

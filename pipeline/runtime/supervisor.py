@@ -83,9 +83,11 @@ class Supervisor:
         return self
 
     def _start(self, run_dir: Path) -> None:
-        """Start every node with signals ignored: a Ctrl-C goes to all, but is ours to act on."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+        """Start every node with signals blocked: a Ctrl-C goes to all, but is ours to act on.
+
+        Nodes inherit the mask; a signal that comes to us meanwhile waits until they are started.
+        """
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             for row, node in enumerate(self._config.topology):
                 for replica in range(node.replicas):
@@ -105,8 +107,7 @@ class Supervisor:
                     process.start()
                     self._children.append(_Child(task.name, process))
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __exit__(
         self,
