@@ -18,6 +18,8 @@ from trainer.evaluate import evaluate
 from trainer.metrics import (
     count_accuracy,
     cso_map,
+    cso_map_by_count,
+    cso_map_difference_interval,
     cso_map_interval,
     grid_rows,
     group_bounds,
@@ -69,6 +71,63 @@ def test_interval_without_detections_or_truth() -> None:
     assert cso_map_interval([nothing] * 4, [one] * 4) == (0.0, 0.0)
     assert cso_map_interval([nothing] * 4, [nothing] * 4) == (1.0, 1.0)
     assert cso_map_interval([one] * 4, [nothing] * 4) == (0.0, 0.0)
+
+
+def test_difference_interval_scores_both_on_the_same_resampled_images(rng) -> None:
+    better, truths = random_images(rng)
+    worse = [rows[rng.random(len(rows)) < 0.7] for rows in better]
+    number, resamples = len(truths), 16
+    drawn = np.random.default_rng(5).multinomial(number, np.full(number, 1 / number), resamples)
+    differences = []
+    for weight in drawn:
+        chosen = np.repeat(np.arange(number), weight)
+        a, b = (
+            cso_map([found[i] for i in chosen], [truths[i] for i in chosen]).mean
+            for found in (better, worse)
+        )
+        differences.append(a - b)
+    expected = np.percentile(differences, [5.0, 95.0])
+    settings = {"level": 0.9, "resamples": resamples, "seed": 5}
+    found = cso_map_difference_interval(better, worse, truths, **settings)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    swapped = cso_map_difference_interval(worse, better, truths, **settings)
+    np.testing.assert_allclose(swapped, [-expected[1], -expected[0]], rtol=1e-12)
+
+
+def test_pairing_tells_apart_what_two_single_intervals_do_not(rng) -> None:
+    better, truths = random_images(rng, 200)
+    worse = [rows[1:] if image % 5 == 0 else rows for image, rows in enumerate(better)]
+    low, high = cso_map_difference_interval(better, worse, truths)
+    assert low > 0.0
+    assert cso_map_interval(worse, truths)[1] > cso_map_interval(better, truths)[0]
+    assert low <= cso_map(better, truths).mean - cso_map(worse, truths).mean <= high
+
+
+def test_a_system_does_not_differ_from_itself(rng) -> None:
+    detections, truths = random_images(rng)
+    assert cso_map_difference_interval(detections, detections, truths) == (0.0, 0.0)
+
+
+def test_intervals_refuse_lists_that_do_not_belong_together() -> None:
+    one = np.array([[5.0, 5.0, 1.0]])
+    with pytest.raises(ValueError, match="1 images of detections but 2 of truths"):
+        cso_map_interval([one], [one] * 2)
+    with pytest.raises(ValueError, match="3 images of detections but 2 of truths"):
+        cso_map_difference_interval([one] * 2, [one] * 3, [one] * 2)
+    with pytest.raises(ValueError, match="no images"):
+        cso_map_interval([], [])
+
+
+def test_by_count_scores_images_with_equally_many_targets(rng) -> None:
+    detections, truths = random_images(rng)
+    scored = cso_map_by_count(detections, truths)
+    assert list(scored) == [0, 1, 2, 3]
+    for count, score in scored.items():
+        alike = [i for i, truth in enumerate(truths) if len(truth) == count]
+        assert score == cso_map([detections[i] for i in alike], [truths[i] for i in alike])
+    assert scored[0].mean == 0.0  # something was found in one of them
+    assert cso_map_by_count([truths[0][:0]], [truths[0][:0]])[0].mean == 1.0
+    assert cso_map_by_count([], []) == {}
 
 
 def test_grid_rows_are_in_pixels_and_counts() -> None:

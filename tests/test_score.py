@@ -12,6 +12,8 @@ from pipeline.physics.groups import PROFILES, draw_groups
 from pipeline.physics.score import THRESHOLDS_PX, cso_map, match_at_gate
 
 EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True)
+NONE = np.empty((0, 3))
+ONE = np.array([[1.0, 1.0, 0.5]])
 
 
 def random_images(rng, images=6, ties=False):
@@ -91,6 +93,23 @@ def test_the_order_of_images_is_irrelevant(seed, ties):
 
 
 @EXAMPLES
+@given(seed=seeds)
+def test_the_order_within_an_image_is_irrelevant_even_among_equal_scores(seed):
+    rng = np.random.default_rng(seed)
+    detections, truths = random_images(rng, ties=True)
+    shuffled = [rng.permutation(d) for d in detections], [rng.permutation(t) for t in truths]
+    assert cso_map(*shuffled).ap == pytest.approx(cso_map(detections, truths).ap, abs=1e-12)
+
+
+@EXAMPLES
+@given(seed=seeds, ties=st.booleans(), times=st.integers(2, 4))
+def test_every_image_several_times_is_as_every_image_once(seed, ties, times):
+    detections, truths = random_images(np.random.default_rng(seed), ties=ties)
+    repeated = cso_map(detections * times, truths * times)
+    assert repeated.ap == pytest.approx(cso_map(detections, truths).ap, abs=1e-12)
+
+
+@EXAMPLES
 @given(seed=seeds, ties=st.booleans())
 def test_scores_matter_by_their_order_only(seed, ties):
     detections, truths = random_images(np.random.default_rng(seed), ties=ties)
@@ -127,6 +146,46 @@ def test_moving_a_detection_away_never_helps(seed, ties):
     moved = [rows.copy() for rows in detections]
     moved[image][rng.integers(len(moved[image])), :2] += 1000.0
     assert not_better(cso_map(moved, truths), cso_map(detections, truths))
+
+
+@EXAMPLES
+@given(seed=seeds, ties=st.booleans(), further=st.floats(1.0, 5.0))
+def test_a_single_target_is_never_served_by_a_detection_farther_away(seed, ties, further):
+    rng = np.random.default_rng(seed)
+    truths = [rng.uniform(0.0, 3.0, (1, 2)) for _ in range(5)]
+    detections = []
+    for truth in truths:
+        near = truth + rng.normal(0.0, 0.12, (rng.integers(1, 4), 2))
+        score = rng.uniform(0.0, 1.0, (len(near), 1))
+        detections.append(np.hstack([near, np.round(3.0 * score) if ties else score]))
+    moved = [rows.copy() for rows in detections]
+    one = moved[0][rng.integers(len(moved[0]))]
+    one[:2] = truths[0][0] + further * (one[:2] - truths[0][0])
+    assert not_better(cso_map(moved, truths), cso_map(detections, truths))
+
+
+@EXAMPLES
+@given(seed=seeds, ties=st.booleans())
+def test_an_image_with_neither_detections_nor_truth_changes_nothing(seed, ties):
+    rng = np.random.default_rng(seed)
+    detections, truths = random_images(rng, ties=ties)
+    before = cso_map(detections, truths)
+    place = rng.integers(len(truths) + 1)
+    detections.insert(place, NONE)
+    truths.insert(place, NONE[:, :2])
+    assert cso_map(detections, truths) == before
+
+
+@EXAMPLES
+@given(seed=seeds, ties=st.booleans(), score=st.sampled_from([-1.0, 0.0, 0.5, 1.0, 9.0]))
+def test_a_false_alarm_in_an_image_without_truth_never_helps(seed, ties, score):
+    detections, truths = random_images(np.random.default_rng(seed), ties=ties)
+    truths.append(NONE[:, :2])
+    alarm = np.array([[1.0, 1.0, score]])
+    before, after = (cso_map([*detections, rows], truths) for rows in (NONE, alarm))
+    assert not_better(after, before)
+    if score < 0.0 and sum(map(len, truths)):  # below every other: the curve has ended
+        assert after.ap == pytest.approx(before.ap, abs=1e-12)
 
 
 @EXAMPLES
@@ -173,10 +232,6 @@ def test_equal_scores_enter_together():
         assert cso_map([np.array(rows)], truths).mean == pytest.approx(0.5)
 
 
-NONE = np.empty((0, 3))
-ONE = np.array([[1.0, 1.0, 0.5]])
-
-
 @pytest.mark.parametrize(
     ("detections", "truths", "wanted"),
     [
@@ -197,6 +252,8 @@ def test_senseless_input_is_refused():
         cso_map([ONE], [ONE, ONE])
     with pytest.raises(ValueError, match="not finite"):
         cso_map([np.array([[np.nan, 1.0, 0.5]])], [ONE])
+    with pytest.raises(ValueError, match="truths hold NaN"):
+        cso_map([ONE], [np.array([[1.0, 1.0], [np.nan, np.nan]])])
 
 
 @pytest.mark.parametrize(("c", "low", "high"), [(3, 0.45, 0.48), (5, 0.72, 0.73), (7, 0.82, 0.84)])

@@ -26,6 +26,8 @@ __all__ = [
     "CsoMap",
     "count_accuracy",
     "cso_map",
+    "cso_map_by_count",
+    "cso_map_difference_interval",
     "cso_map_interval",
     "grid_rows",
     "group_bounds",
@@ -52,6 +54,20 @@ def grid_rows(
     return np.split(rows, np.searchsorted(peaks.image, np.arange(1, len(map_BHW))))
 
 
+def cso_map_by_count(detections: Sequence[Rows], truths: Sequence[Rows]) -> dict[int, CsoMap]:
+    """True number of targets, rising → CSO-mAP over the images with as many.
+
+    Images without a target come under 0, whose AP is 1 if nothing was detected in them, else 0.
+    """
+    images: dict[int, list[tuple[Rows, Rows]]] = {}
+    for found, true in zip(detections, truths, strict=True):
+        images.setdefault(len(true), []).append((found, true))
+    return {
+        count: cso_map([found for found, _ in alike], [true for _, true in alike])
+        for count, alike in sorted(images.items())
+    }
+
+
 def cso_map_interval(
     detections: Sequence[Rows],
     truths: Sequence[Rows],
@@ -61,11 +77,53 @@ def cso_map_interval(
     seed: int = 0,
     thresholds_px: Sequence[float] = THRESHOLDS_PX,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the CSO-mAP, images drawn with replacement.
+    """Percentile bootstrap interval of the CSO-mAP, images drawn with replacement."""
+    return _percentiles(_resampled(detections, truths, resamples, seed, thresholds_px), level)
+
+
+def cso_map_difference_interval(
+    detections_a: Sequence[Rows],
+    detections_b: Sequence[Rows],
+    truths: Sequence[Rows],
+    *,
+    level: float = 0.95,
+    resamples: int = 400,
+    seed: int = 0,
+    thresholds_px: Sequence[float] = THRESHOLDS_PX,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a's CSO-mAP less b's, paired: both on the same drawn images.
+
+    Above 0, a is better at this level; what makes images hard for both does not widen it.
+    """
+    a, b = (
+        _resampled(detections, truths, resamples, seed, thresholds_px)
+        for detections in (detections_a, detections_b)
+    )
+    return _percentiles(a - b, level)
+
+
+def _percentiles(values: NDArray[np.float64], level: float) -> tuple[float, float]:
+    """The interval that leaves out equally many values on either side."""
+    tail = 50.0 * (1.0 - level)
+    low, high = np.percentile(values, [tail, 100.0 - tail])
+    return float(low), float(high)
+
+
+def _resampled(
+    detections: Sequence[Rows],
+    truths: Sequence[Rows],
+    resamples: int,
+    seed: int,
+    thresholds_px: Sequence[float],
+) -> NDArray[np.float64]:
+    """CSO-mAP (R,) of resamples of the images; which are drawn depends on seed and number only.
 
     What matches within an image does not depend on which other images are drawn, so matching is
     done once and a resample only weighs images by how often it drew them.
     """
+    number = len(truths)
+    if number == 0:
+        raise ValueError("there are no images to draw from")
     nearest, distance, score = nearest_truth(detections, truths)
     image = np.repeat(np.arange(len(detections)), [len(rows) for rows in detections])
     order = np.argsort(-score, kind="stable")
@@ -74,19 +132,16 @@ def cso_map_interval(
     ends = np.flatnonzero(np.diff(score, append=-np.inf))  # last of each tied block
     targets = np.array([len(truth) for truth in truths], dtype=np.float64)
     rng = np.random.default_rng(seed)
-    number = len(truths)
     results: list[NDArray[np.float64]] = []
     for start in range(0, resamples, _RESAMPLES_AT_ONCE):
         some = min(_RESAMPLES_AT_ONCE, resamples - start)
-        drawn = rng.multinomial(number, np.full(number, 1.0 / max(number, 1)), size=some)
+        drawn = rng.multinomial(number, np.full(number, 1.0 / number), size=some)
         weight = drawn[:, image].astype(np.float64)  # (R, D)
         total = drawn @ targets  # (R,)
         seen = np.cumsum(weight, axis=1)[:, ends]
         aps = [_weighted_ap(np.cumsum(weight * hit, axis=1)[:, ends], seen, total) for hit in hits]
         results.append(np.mean(aps, axis=0))
-    tail = 50.0 * (1.0 - level)
-    low, high = np.percentile(np.concatenate(results), [tail, 100.0 - tail])
-    return float(low), float(high)
+    return np.concatenate(results)
 
 
 def _weighted_ap(

@@ -36,8 +36,6 @@ def cso_map(
     precision-recall curve with precision made monotone. Equal scores enter the curve together, so
     the order of images does not matter. Without any truth AP is 1 if nothing was detected, else 0.
     """
-    if len(detections) != len(truths):
-        raise ValueError(f"{len(detections)} images of detections but {len(truths)} of truths")
     nearest, distance, score = nearest_truth(detections, truths)
     total = sum(len(truth) for truth in truths)
     order = np.argsort(-score, kind="stable")
@@ -53,13 +51,18 @@ def nearest_truth(
     """For each pooled detection: number of its nearest truth (−1: none), distance px, score.
 
     The number is that of the truth among all images, so two detections share it exactly when
-    they are nearest to the same truth of the same image.
+    they are nearest to the same truth of the same image. Raises ValueError unless both are of as
+    many images, detections are finite and truths without NaN.
     """
+    if len(detections) != len(truths):
+        raise ValueError(f"{len(detections)} images of detections but {len(truths)} of truths")
     width = max((len(truth) for truth in truths), default=0)
     padded = np.full((len(truths), max(width, 1), 2), np.inf)
     for row, truth in zip(padded, truths, strict=True):
         if len(truth):
             row[: len(truth)] = np.asarray(truth, dtype=np.float64)[:, :2]
+    if np.isnan(padded).any():
+        raise ValueError("truths hold NaN; leave padding out")
     image = np.repeat(np.arange(len(detections)), [len(d) for d in detections])
     rows = [np.asarray(d, dtype=np.float64).reshape(-1, 3) for d in detections]
     pooled = np.concatenate(rows) if rows else np.empty((0, 3))
