@@ -1,16 +1,24 @@
-"""Training pairs, drawn on the device as the network trains: no disk, no epoch, no repeats."""
+"""Training pairs: drawn on the device as the network trains, or taken from a fixed dataset."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.scaling import Scaling
+from pipeline.formats.csist import CsistDataset, read_csist
 from pipeline.physics.grid import target_map
 from pipeline.physics.groups import SIZE_PX, Groups, Profile, draw_groups
 from pipeline.physics.measurement import measure
 from pipeline.physics.psf import render
+from trainer.errors import TrainerError
+from trainer.fit_config import FitConfig
 from trainer.units import to_network_units
 
 
@@ -29,6 +37,107 @@ class TorchRandom:
         return torch.randn(tuple(shape), generator=self.generator, device=self.generator.device)
 
 
+class Pairs(Protocol):
+    """Where a run's pairs come from: patches (B, n, n) and maps (B, cn, cn), network units."""
+
+    def initial(self, number: int) -> tuple[Tensor, Tensor]:
+        """Pairs for `fit_initial`, at most `number`."""
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """The batch of a step; steps are asked for in order."""
+
+
+class DrawnPairs:
+    """Drawn as the network trains: no disk, no epoch, no repeats.
+
+    The first `crowded_share` of the run is on crowded patches.
+    """
+
+    def __init__(self, config: FitConfig, profile: Profile, c: int, rng: TorchRandom) -> None:
+        self._config, self._profile, self._c, self._rng = config, profile, c, rng
+
+    def initial(self, number: int) -> tuple[Tensor, Tensor]:
+        """`number` pairs as the profile has them."""
+        return self._draw(number, crowded=False)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """The next pairs of the generator."""
+        config = self._config
+        return self._draw(config.batch, crowded=step < config.crowded_share * config.steps)
+
+    def _draw(self, number: int, *, crowded: bool) -> tuple[Tensor, Tensor]:
+        return training_pairs(
+            self._profile, number, self._c, self._config.scaling, self._rng, crowded=crowded
+        )
+
+
+class DatasetPairs:
+    """A CSIST dataset, held on the device: epoch after epoch, each in an order of its own.
+
+    The order of an epoch follows from seed and epoch alone, so a batch follows from its step.
+    Raises TrainerError for a dataset without images or of another sensor than the profile's.
+    """
+
+    def __init__(self, config: FitConfig, profile: Profile, c: int, device: str) -> None:
+        path = Path(str(config.dataset))
+        dataset = read_csist(path)
+        _check_sensor(path, dataset, profile)
+        self._config, self._profile, self._c = config, profile, c
+        self._patch = torch.tensor(dataset.image.astype(np.float32), device=device)
+        self._xy_px = torch.tensor(dataset.target_xy_px, device=device).nan_to_num(0.0)
+        self._intensity = torch.tensor(dataset.target_intensity, device=device).nan_to_num(0.0)
+
+    def initial(self, number: int) -> tuple[Tensor, Tensor]:
+        """The first pairs of the first epoch, no more than there are."""
+        return self._pairs(0, min(number, len(self._patch)))
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """The next pairs of the epoch; where it ends, the next one begins."""
+        return self._pairs(step * self._config.batch, self._config.batch)
+
+    def _pairs(self, start: int, number: int) -> tuple[Tensor, Tensor]:
+        """`number` pairs after `start` others."""
+        images = len(self._patch)
+        epoch, place = np.divmod(np.arange(start, start + number), images)
+        orders = [
+            epoch_order(self._config.seed, int(e), images)[place[epoch == e]]
+            for e in np.unique(epoch)
+        ]
+        rows = torch.from_numpy(np.concatenate(orders)).to(self._patch.device)
+        return in_network_units(
+            self._patch[rows],
+            self._xy_px[rows],
+            self._intensity[rows],
+            self._profile,
+            self._c,
+            self._config.scaling,
+        )
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, images: int) -> NDArray[np.int64]:
+    """In which order an epoch takes the images, from the random stream (seed, epoch)."""
+    return np.random.default_rng([seed, epoch]).permutation(images)
+
+
+def _check_sensor(path: Path, dataset: CsistDataset, profile: Profile) -> None:
+    """What a network depends on and what its engine's manifest says must be the profile's."""
+    if len(dataset) == 0:
+        raise TrainerError(f"{path}: has no images; generate one with --count 1 or more")
+    rules = (
+        ("sigma_px", dataset.sensor.sigma_px, profile.sensor.sigma_px),
+        ("full_scale", dataset.sensor.full_scale, profile.sensor.full_scale),
+        ("noiseless", dataset.sensor.noiseless, profile.sensor.noiseless),
+        ("a background", dataset.background > 0.0, profile.background > 0.0),
+    )
+    for name, found, wanted in rules:
+        if found != wanted:
+            raise TrainerError(
+                f"{path}: {name} is {found}, profile {profile.name} has {wanted}; set the profile "
+                "(and for σ the network's sigma_px) that the dataset is of"
+            )
+
+
 def training_pairs(
     profile: Profile, number: int, c: int, scaling: Scaling, rng: TorchRandom, *, crowded: bool
 ) -> tuple[Tensor, Tensor]:
@@ -42,14 +151,29 @@ def training_pairs(
     mean = profile.background + render(
         groups.xy_px, groups.intensity, (SIZE_PX, SIZE_PX), groups.sigma_px[:, None]
     )
+    patch = measure(mean, profile.sensor, rng)
+    return in_network_units(patch, groups.xy_px, groups.intensity, profile, c, scaling)
+
+
+def in_network_units(
+    patch_BHW: Tensor,
+    xy_px: Tensor,
+    intensity: Tensor,
+    profile: Profile,
+    c: int,
+    scaling: Scaling,
+) -> tuple[Tensor, Tensor]:
+    """Measured patches (B, n, n) and their targets, in counts → the pairs a network learns.
+
+    xy_px (B, K, 2) px and intensity (B, K) counts, padded with zero.
+    """
     patch, unit = to_network_units(
-        measure(mean, profile.sensor, rng),
+        patch_BHW,
         background=profile.background > 0.0,
         scaling=scaling,
         full_scale=profile.sensor.full_scale,
     )
-    truth = target_map(groups.xy_px, groups.intensity / unit[:, None], SIZE_PX, c)
-    return patch, truth
+    return patch, target_map(xy_px, intensity / unit[:, None], SIZE_PX, c)
 
 
 def _crowd(profile: Profile, number: int, rng: TorchRandom) -> Groups:

@@ -1,4 +1,4 @@
-"""The training loop: data drawn as it trains, resumable to the bit, validated on unseen seeds."""
+"""The training loop: resumable to the bit, validated on unseen seeds, over one process or more."""
 
 import json
 import math
@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pipeline.physics.groups import PROFILES, SIZE_PX, Profile, draw_patches
+from pipeline.physics.groups import PROFILES, SIZE_PX, Profile
 from trainer import registry
-from trainer.data import TorchRandom, training_pairs
+from trainer.curves import draw_curves
+from trainer.data import DatasetPairs, DrawnPairs, Pairs, TorchRandom
+from trainer.distributed import ALONE, LossFunction, Team
 from trainer.errors import TrainerError, TrainingFailed
-from trainer.fit_config import DETECTION_THRESHOLD, VALIDATION_SEED, FitConfig, fit_config
-from trainer.metrics import cso_map, grid_rows
+from trainer.fit_config import FitConfig, fit_config
+from trainer.metrics import CsoMap
 from trainer.network import UnmixingNetwork
+from trainer.progress import shown
 from trainer.tensors import read_tensors
-from trainer.units import to_network_units
+from trainer.validation import held_out_cso_map
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
@@ -29,19 +31,33 @@ INITIAL_PAIRS = 20_000
 
 
 class Run:
-    """A training run in a folder: checkpoint.pt, log.jsonl and loss.png are kept there."""
+    """A training run in a folder, which keeps its checkpoint.pt and log.jsonl.
 
-    def __init__(self, config: FitConfig, folder: Path, device: str = "cpu") -> None:
-        self.config, self.folder, self.device = config, folder, device
+    In a team of processes each has its Run; only the one that leads has records and writes.
+    Raises TrainerError for settings that cannot be.
+    """
+
+    def __init__(self, config: FitConfig, folder: Path, team: Team = ALONE) -> None:
+        self.config, self.folder, self.team, self.device = config, folder, team, team.device
+        if config.batch % team.world:
+            raise TrainerError(
+                f"batch: {config.batch} patches do not divide over {team.world} processes; "
+                f"use a multiple of {team.world}"
+            )
+        if not registry.network_class(config.network).trained:
+            raise TrainerError(
+                f"network: {config.network} is a solver and has nothing to train; score it with "
+                f"`trainer evaluate --network {config.network}`"
+            )
         torch.manual_seed(config.seed)
-        self.network = registry.build(config.network, config.settings).to(device)
-        self.c: int = self.network.config.c
+        self.network = registry.build(config.network, config.settings).to(self.device)
         self.profile = profile_for(config.profile, self.network)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.rng = TorchRandom(config.seed, device)
+        self.rng = TorchRandom(config.seed, self.device)
+        self.pairs = self._pairs()
         if config.initial_weights is not None:
             self._start_from(Path(config.initial_weights))
-        self.network.fit_initial(*self._pairs(INITIAL_PAIRS, crowded=False))
+        self.network.fit_initial(*self.pairs.initial(INITIAL_PAIRS))
         self.average = AveragedModel(
             self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=False
         )
@@ -60,10 +76,11 @@ class Run:
                 "use the settings of that run"
             ) from error
 
-    def _pairs(self, number: int, *, crowded: bool) -> tuple[Tensor, Tensor]:
-        return training_pairs(
-            self.profile, number, self.c, self.config.scaling, self.rng, crowded=crowded
-        )
+    def _pairs(self) -> Pairs:
+        c = self.network.config.c
+        if self.config.dataset is None:
+            return DrawnPairs(self.config, self.profile, c, self.rng)
+        return DatasetPairs(self.config, self.profile, c, self.device)
 
     def save(self) -> None:
         """Write log, then checkpoint, each beside the old one it replaces: a kill leaves one whole.
@@ -113,65 +130,70 @@ class Run:
         on_step: called with the number of steps done, after each.
         """
         config = self.config
-        loss_of = torch.compile(self.network.loss) if config.compile else self.network.loss
-        kind = torch.device(self.device).type
+        loss = torch.compile(self.network.loss) if config.compile else self.network.loss
+        loss_of = self.team.shared(self.network, loss)
         total, since = 0.0, 0
         started = time.monotonic() - self.seconds
         while self.step < config.steps:
-            for group in self.optimiser.param_groups:
-                group["lr"] = config.learning_rate * config.rate(self.step)
-            crowded = self.step < config.crowded_share * config.steps
-            patch, truth = self._pairs(config.batch, crowded=crowded)
-            with torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = loss_of(patch, truth)
-            self.optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.network.parameters(), config.clip_norm)
-            self.optimiser.step()
-            self.average.update_parameters(self.network)
-            self.step += 1
-            total, since = total + loss.item(), since + 1
+            total, since = total + self._advance(loss_of), since + 1
             if on_step is not None:
                 on_step(self.step)
             if self.step % config.validate_every == 0 or self.step == config.steps:
-                if not math.isfinite(total):
+                mean_loss = self.team.mean(total / since)
+                if not math.isfinite(mean_loss):
                     raise TrainingFailed(
                         f"step {self.step}: the loss is not finite; lower learning_rate "
                         f"(now {config.learning_rate}) and start again"
                     )
-                ap = self.validate()
-                self.seconds = time.monotonic() - started
-                record = {
-                    "step": self.step,
-                    "samples": self.step * config.batch,
-                    "loss": total / since,
-                    "cso_map": ap,
-                    "seconds": round(self.seconds, 1),
-                }
-                self.records.append(record)
-                self.save()
-                yield record
+                if self.team.leads:
+                    yield self._keep(mean_loss, started)
+                self.team.wait()
                 total, since = 0.0, 0
 
-    def validate(self) -> float:
+    def _advance(self, loss_of: LossFunction) -> float:
+        """One optimiser step; the loss before it, of this process's rows."""
+        config = self.config
+        for group in self.optimiser.param_groups:
+            group["lr"] = config.learning_rate * config.rate(self.step)
+        patch, truth = map(self.team.rows, self.pairs.batch(self.step))
+        kind = torch.device(self.device).type
+        with torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bf16"):
+            loss = loss_of(patch, truth)
+        self.optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), config.clip_norm)
+        self.optimiser.step()
+        self.average.update_parameters(self.network)
+        self.step += 1
+        return loss.item()
+
+    def _keep(self, loss: float, started: float) -> dict[str, float]:
+        """Validate, and save checkpoint and record, which is returned."""
+        scored = self.validate()
+        self.seconds = time.monotonic() - started
+        record = {
+            "step": self.step,
+            "samples": self.step * self.config.batch,
+            "loss": loss,
+            "cso_map": scored.mean,
+            **{f"ap_{threshold:.2f}": ap for threshold, ap in scored.ap.items()},
+            "seconds": round(self.seconds, 3),
+        }
+        self.records.append(record)
+        self.save()
+        return record
+
+    def validate(self) -> CsoMap:
         """Grid CSO-mAP of the averaged weights on held-out patches of the profile."""
-        patch, groups = draw_patches(
-            self.profile, self.config.validate_samples, TorchRandom(VALIDATION_SEED)
+        config = self.config
+        return held_out_cso_map(
+            self.average,
+            self.network.config.c,
+            self.profile,
+            config.scaling,
+            config.validate_samples,
+            self.device,
         )
-        signal, unit = to_network_units(
-            patch,
-            background=self.profile.background > 0.0,
-            scaling=self.config.scaling,
-            full_scale=self.profile.sensor.full_scale,
-        )
-        with torch.no_grad():
-            maps = [self.average(part.to(self.device)).cpu() for part in signal.split(256)]
-        found = grid_rows(torch.cat(maps).numpy(), unit.numpy(), self.c, DETECTION_THRESHOLD)
-        true = [
-            xy_px[:count]
-            for xy_px, count in zip(groups.xy_px.numpy(), groups.count.tolist(), strict=True)
-        ]
-        return cso_map(found, true).mean
 
 
 def profile_for(name: str, network: UnmixingNetwork) -> Profile:
@@ -225,51 +247,22 @@ def averaged_weights(state: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def fit(config: FitConfig, folder: Path, device: str = "cpu") -> dict[str, float]:
-    """Train (or go on training) in `folder` with a progress bar; returns the last record.
+def fit(config: FitConfig, folder: Path, team: Team = ALONE) -> dict[str, float] | None:
+    """Train (or go on training) in `folder` and show progress; returns the last record.
 
-    Raises TrainerError for settings that cannot be, TrainingFailed if the loss is lost.
+    The folder also gets the run's curves: loss.png, and a file for TensorBoard. In a team of
+    processes all must see the same folder; only the one that leads returns a record. Raises
+    TrainerError for settings that cannot be, TrainingFailed if the loss is lost.
     """
-    check_device(device)
-    run = Run(config, folder, device)
+    run = Run(config, folder, team)
     folder.mkdir(parents=True, exist_ok=True)
-    run.resume()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.1f} %"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress:
-        task = progress.add_task(config.network, total=config.steps, completed=run.step)
-        for record in run.train(lambda step: progress.update(task, completed=step)):
-            draw_curves(run.records, folder / "loss.png", config.network)
-            text = f"{config.network}  loss {record['loss']:.2e}  CSO-mAP {record['cso_map']:.3f}"
-            progress.update(task, description=text)
-            if not progress.console.is_terminal:
-                progress.console.print(f"{text}  step {record['step']} of {config.steps}")
-    return run.records[-1]
-
-
-def check_device(device: str) -> None:
-    """Refuse a device torch does not have here."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise TrainerError(f"--device: no `{device}` here; use cpu") from error
-
-
-def draw_curves(records: list[dict[str, float]], path: Path, title: str) -> None:
-    """Loss and validation CSO-mAP over samples, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    samples = [record["samples"] for record in records]
-    left = figure.subplots()
-    left.semilogy(samples, [record["loss"] for record in records], color="tab:blue")
-    left.set(xlabel="samples seen", ylabel="training loss", title=title)
-    right = left.twinx()
-    right.plot(samples, [record["cso_map"] for record in records], color="tab:orange")
-    right.set(ylabel="CSO-mAP on held-out patches", ylim=(0.0, 0.6))
-    figure.savefig(path, dpi=100)
+    resumed = run.resume()
+    if team.mean(run.step) != run.step:
+        raise TrainerError(f"{folder}: not the same for all processes; use a folder they share")
+    if resumed and team.leads:
+        draw_curves(run.records, config, folder)
+    with shown(config, run.step, hidden=not team.leads) as progress:
+        for _ in run.train(progress.advance):
+            draw_curves(run.records, config, folder)
+            progress.tell(run.records)
+    return run.records[-1] if team.leads else None

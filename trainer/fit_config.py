@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from engines.errors import first_fault
 from engines.scaling import Scaling
@@ -26,7 +26,7 @@ class FitConfig(BaseModel):
     profile: str = "csist-100k"
     scaling: Scaling = "full_scale"
     seed: int = Field(1, ge=0, lt=VALIDATION_SEED)
-    samples: int = Field(1_000_000, gt=0, description="patches drawn in the whole run")
+    samples: int = Field(1_000_000, gt=0, description="patches seen in the whole run")
     crowded_share: float = Field(
         0.0, ge=0.0, le=1.0, description="share of the run on crowded patches"
     )
@@ -42,6 +42,16 @@ class FitConfig(BaseModel):
     initial_weights: str | None = Field(
         None, description="checkpoint.pt of another run whose averaged weights to start from"
     )
+    dataset: str | None = Field(
+        None, description="CSIST zarr to train on, over and over; without, patches are drawn"
+    )
+
+    @field_validator("dataset")
+    @classmethod
+    def _not_crowded(cls, dataset: str | None, others: ValidationInfo) -> str | None:
+        if dataset is not None and others.data.get("crowded_share"):
+            raise ValueError("cannot be crowded (set crowded_share to 0)")
+        return dataset
 
     @property
     def steps(self) -> int:
@@ -65,7 +75,7 @@ def fit_config(fields: dict[str, Any], where: str) -> FitConfig:
         raise TrainerError(f"{where}: {first_fault(error)}; known: {known}") from error
 
 
-def read_fit_config(path: Path | None, network: str, **overrides: int | None) -> FitConfig:
+def read_fit_config(path: Path | None, network: str, **overrides: int | str | None) -> FitConfig:
     """The run of `network`: what the YAML file says (nothing: the defaults), then `overrides`.
 
     Overrides that are None say nothing. Raises TrainerError naming file and field.
