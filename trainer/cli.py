@@ -1,6 +1,7 @@
 """The `trainer` command."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -53,6 +54,63 @@ def generate(
         print(f"wrote {drawing.bad_pixels_path(out)}")
 
 
+@app.command("import-csist")
+def import_csist(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Holds train/, val/ or test/, as CSIST-100K does.")
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT.zarr", help="Zarr group to write; must not exist.")
+    ],
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    profile: Annotated[str, typer.Option(help="Name to keep with the data.")] = "imported",
+    full_scale: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Counts; without, 255 or 65535 by the PNG's bits."),
+    ] = None,
+    read_noise: Annotated[float, typer.Option(min=0.0, help="Counts rms.")] = 0.0,
+    gain: Annotated[
+        float, typer.Option(help="Electrons per count; infinite without shot noise.")
+    ] = math.inf,
+    background: Annotated[float, typer.Option(min=0.0, help="Counts.")] = 0.0,
+) -> None:
+    """Turn the original CSIST-100K files (PNG + XML) into a dataset.
+
+    The options after --split are what the files do not say.
+    """
+    from pipeline.formats.csist import save_csist
+    from trainer import csist_files
+
+    csist_files.refuse_existing(out)
+    unwritten = csist_files.Unwritten(profile, full_scale, read_noise, gain, background)
+    pairs = csist_files.find_pairs(folder, split)
+    with _progress(f"{folder / split}", len(pairs)) as show:
+        dataset = csist_files.read_pairs(pairs, unwritten, show)
+    save_csist(out, dataset)
+    print(f"wrote {out}: {len(dataset)} images")
+
+
+@app.command("export-csist")
+def export_csist(
+    dataset: Annotated[Path, typer.Argument(metavar="D.zarr", help="CSIST dataset (zarr).")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder of the splits; the split must not exist.")
+    ],
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+) -> None:
+    """Write a dataset in the layout of the original CSIST-100K files (PNG + XML)."""
+    from pipeline.formats.csist import read_csist
+    from trainer import csist_files
+
+    data = read_csist(dataset)
+    with _progress(f"{folder / split}", len(data)) as show:
+        written = csist_files.write_files(folder, split, data, show)
+    print(f"wrote {written}: {len(data)} images")
+    options = csist_files.Unwritten.of(data).options()
+    if options:
+        print(f"the files hold no sensor, profile or seed; import them again with {options}")
+
+
 @app.command()
 def fit(
     network: NetworkArgument,
@@ -62,25 +120,33 @@ def fit(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run; without, runs/NETWORK.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Patches to draw in all.")] = None,
+    dataset: Annotated[
+        Path | None, typer.Option(help="CSIST dataset (zarr) to train on; without, drawn data.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Patches to train on in all.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of weights and data.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
-    """Train a network on data drawn as it trains.
+    """Train a network on data drawn as it trains, or on a dataset.
 
-    The folder keeps checkpoint.pt, log.jsonl and loss.png. Interrupted, the same command goes on.
+    The folder keeps checkpoint.pt, log.jsonl, loss.png and a file for TensorBoard. Interrupted,
+    the same command goes on. Over several processes: torchrun --nproc-per-node N -m trainer fit …
     """
     _need_torch()
+    from trainer.distributed import joined
     from trainer.fit import fit as run_fit
     from trainer.fit_config import read_fit_config
 
     folder = out or Path("runs") / network
-    run = read_fit_config(config, network, samples=samples, seed=seed)
-    record = run_fit(run, folder, device)
-    print(
-        f"{folder}: {record['samples']} samples, loss {record['loss']:.2e}, "
-        f"CSO-mAP {record['cso_map']:.4f}; next: trainer export {network} --run {folder}"
-    )
+    with joined(device) as team:
+        fixed = str(dataset) if dataset else None
+        run = read_fit_config(config, network, dataset=fixed, samples=samples, seed=seed)
+        record = run_fit(run, folder, team)
+    if record is not None:
+        print(
+            f"{folder}: {record['samples']} samples, loss {record['loss']:.2e}, "
+            f"CSO-mAP {record['cso_map']:.4f}; next: trainer export {network} --run {folder}"
+        )
 
 
 @app.command()
@@ -127,6 +193,35 @@ def evaluate(
 
 
 @app.command()
+def benchmark(
+    out: Annotated[Path, typer.Option(help="Folder for the table, its figures and pictures.")],
+    dataset: Annotated[
+        Path | None, typer.Option(help="CSIST dataset (zarr); without, drawn from --seed.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the images.")] = 20261122,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Title of a system; may be repeated. Without, all.")
+    ] = None,
+) -> None:
+    """Score all systems of the literature, with their shipped weights, on the same images.
+
+    Writes benchmark.md, benchmark.json, benchmark.png (bars) and maps.png.
+    """
+    _need_torch()
+    from pipeline.formats.csist import read_csist
+    from trainer import benchmark as measuring
+    from trainer.benchmark_report import write_report
+
+    systems = measuring.chosen(only)
+    _make_folder(out)
+    images = read_csist(dataset) if dataset else measuring.draw_images(count, seed)
+    with _progress(f"{len(systems)} systems", len(systems) * len(images)) as show:
+        results = measuring.run(images, systems, show)
+    print(write_report(results, images, systems, out))
+
+
+@app.command()
 def export(
     network: NetworkArgument,
     run: Annotated[
@@ -153,7 +248,11 @@ def export(
 
 
 def _need_torch() -> None:
-    missing = [name for name in ("torch", "onnx", "onnxscript", "matplotlib") if not _found(name)]
+    missing = [
+        name
+        for name in ("torch", "onnx", "onnxscript", "matplotlib", "tensorboardX")
+        if not _found(name)
+    ]
     if missing:
         raise TrainerError(
             f'needs {", ".join(missing)}, not installed: pip install "irst-pipeline[train]"'

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,20 @@ from rich.console import Console
 from rich.table import Table
 
 from engines.base import Engine
+from engines.manifest import Manifest
 from pipeline.formats.csist import CsistDataset
 from pipeline.physics.fit import Window
-from pipeline.physics.grid import cell_variance_px2
+from pipeline.physics.grid import cell_variance_px2, target_map
 from pipeline.physics.groups import MAX_TARGETS
 from pipeline.physics.select import Candidates, refine
 from pipeline.physics.sensor import Sensor
 from trainer.errors import TrainerError
+from trainer.map_quality import psnr_db, ssim
 from trainer.metrics import (
     MATCH_GATE_PX,
     count_accuracy,
     cso_map,
+    cso_map_by_count,
     cso_map_interval,
     grid_rows,
     group_bounds,
@@ -30,41 +34,56 @@ from trainer.metrics import (
 )
 from trainer.units import to_network_units
 
+Progress = Callable[[int], None]
+
 _PATCHES_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Unmixed:
+    """What an engine made of the images of a dataset."""
+
+    found: list[NDArray[np.float64]]  # for each image detections (n, 3): x px, y px, counts
+    refined: bool
+    psnr_db: NDArray[np.float64]  # (N,) of the network's maps against the true ones
+    ssim: NDArray[np.float64]  # (N,)
+    seconds: float  # of the network, of reading its maps and, if refined, of the fit
 
 
 def evaluate(
     dataset: CsistDataset,
     engine: Engine,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
     *,
     refined: bool = False,
 ) -> dict[str, Any]:
+    """Unmix a dataset and score it: `figures` of `unmix`."""
+    return figures(dataset, engine.manifest, unmix(dataset, engine, progress, refined=refined))
+
+
+def figures(dataset: CsistDataset, manifest: Manifest, unmixed: Unmixed) -> dict[str, Any]:
     """Every figure of merit as plain JSON types; null where a figure does not exist.
 
-    cso_map, cso_map_interval (95 %, bootstrap over images), ap: grid detections, every cell at or
-    above the manifest's threshold. count_accuracy: share of images with the right number.
-    rmse_px: root mean square distance of found and true position over the targets matched
-    one to one within 0.5 px (`matched`). crb_px: the same figure for an estimator at the
-    Cramér–Rao bound that knows how many targets there are: root mean square over an image's
-    targets, median over images; crb_px_by_count: by number of targets. Unlike rmse_px it is not
-    cut off at 0.5 px. intensity_rmse_relative: of the matched. nees: mean per dimension of their
-    position errors, with the covariance the pipeline publishes: the bound at the estimated group
-    plus, unless refined, the variance within a grid cell. patches_per_s: of the network and, if
-    refined, the fit. progress: called
-    with the number of patches done.
+    cso_map, cso_map_interval (95 %, bootstrap over images), ap: of the detections.
+    cso_map_by_count: over the images with as many targets. psnr_db, ssim: of the network's maps,
+    mean over images. count_accuracy: share of images with the right number. rmse_px: root mean
+    square distance of found and true position over the targets matched one to one within 0.5 px
+    (`matched`). crb_px: the same figure for an estimator at the Cramér–Rao bound that knows how
+    many targets there are: root mean square over an image's targets, median over images;
+    crb_px_by_count: by number of targets. Unlike rmse_px it is not cut off at 0.5 px.
+    intensity_rmse_relative: of the matched. nees: mean per dimension of their position errors,
+    with the covariance the pipeline publishes: the bound at the estimated group plus, unless
+    refined, the variance within a grid cell. patches_per_s: of the network and, if refined, the
+    fit.
     """
-    if len(dataset) == 0:
-        raise TrainerError("dataset: has no images; generate one with --count 1 or more")
-    found, seconds = detect(dataset, engine, progress, refined=refined)
-    true = dataset.truths()
+    found, true = unmixed.found, dataset.truths()
     scored = cso_map(found, true)
     matched, error = matched_errors(found, true)
-    by_count = _bounds_by_count(dataset, true)
-    manifest = engine.manifest
-    figures = {
+    bounds = _bounds_by_count(dataset, true)
+    cell_px = 0.0 if unmixed.refined else 1.0 / manifest.c
+    values = {
         "engine": manifest.name,
-        "refined": refined,
+        "refined": unmixed.refined,
         "network": manifest.network,
         "onnx_sha256": manifest.onnx_sha256,
         "threshold": manifest.detection_threshold,
@@ -74,41 +93,51 @@ def evaluate(
         "targets": sum(len(rows) for rows in true),
         "cso_map": scored.mean,
         "cso_map_interval": list(cso_map_interval(found, true)),
+        "cso_map_by_count": {
+            str(count): part.mean for count, part in cso_map_by_count(found, true).items()
+        },
         "ap": {f"{threshold:.2f}": ap for threshold, ap in scored.ap.items()},
+        "psnr_db": float(unmixed.psnr_db.mean()),
+        "ssim": float(unmixed.ssim.mean()),
         "count_accuracy": count_accuracy(found, true),
         "matched": len(error),
         "match_gate_px": MATCH_GATE_PX,
         "rmse_px": _rms(np.hypot(error[:, 0], error[:, 1])),
-        "crb_px": _median(np.concatenate(list(by_count.values()) or [np.empty(0)])),
-        "crb_px_by_count": {str(count): _median(values) for count, values in by_count.items()},
+        "crb_px": _median(np.concatenate(list(bounds.values()) or [np.empty(0)])),
+        "crb_px_by_count": {str(count): _median(rms) for count, rms in bounds.items()},
         "intensity_rmse_relative": _rms(error[:, 2]),
-        "nees": _nees(dataset, found, matched, error, 0.0 if refined else 1.0 / manifest.c),
-        "patches_per_s": len(dataset) / seconds,
+        "nees": _nees(dataset, found, matched, error, cell_px),
+        "patches_per_s": len(dataset) / unmixed.seconds,
     }
-    return {key: _finite(value) for key, value in figures.items()}
+    return {key: _finite(value) for key, value in values.items()}
 
 
-def detect(
+def unmix(
     dataset: CsistDataset,
     engine: Engine,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
     *,
     refined: bool = False,
-) -> tuple[list[NDArray[np.float64]], float]:
-    """Detections (n, 3) x px, y px, counts of each image, and the seconds they took.
+) -> Unmixed:
+    """Run an engine over a dataset; progress: called with the number of patches done.
 
-    Every cell at or above the manifest's threshold; refined: what the likelihood makes of these.
+    Detections are all cells at or above the manifest's threshold; refined: what the likelihood
+    makes of these. Raises TrainerError for an empty dataset or one of another patch size.
     """
     manifest = engine.manifest
+    if len(dataset) == 0:
+        raise TrainerError("dataset: has no images; generate one with --count 1 or more")
     if dataset.image.shape[1:] != (manifest.size_px, manifest.size_px):
         raise TrainerError(
             f"engine {manifest.name}: is for patches of {manifest.size_px} px, the dataset's have "
             f"{dataset.image.shape[1]}; train one of that size"
         )
     found: list[NDArray[np.float64]] = []
+    psnr, similarity = np.empty(len(dataset)), np.empty(len(dataset))
     seconds = 0.0
     for start in range(0, len(dataset), _PATCHES_AT_ONCE):
-        counts = dataset.image[start : start + _PATCHES_AT_ONCE].astype(np.float32)
+        part = slice(start, start + _PATCHES_AT_ONCE)
+        counts = dataset.image[part].astype(np.float32)
         signal, unit = to_network_units(
             counts,
             background=dataset.background > 0.0,
@@ -123,9 +152,21 @@ def detect(
             rows = _refined(rows, counts, background, dataset.sensor)
         seconds += time.perf_counter() - began
         found += rows
+        truth = true_maps(dataset, part, manifest.c, unit)
+        psnr[part], similarity[part] = psnr_db(maps, truth), ssim(maps, truth)
         if progress is not None:
             progress(len(found))
-    return found, seconds
+    return Unmixed(found, refined, psnr, similarity, seconds)
+
+
+def true_maps(
+    dataset: CsistDataset, part: slice, c: int, unit: NDArray[np.floating]
+) -> NDArray[np.float64]:
+    """The maps of a perfect network on the grid, in network units of `unit` counts (B,)."""
+    intensity = np.nan_to_num(dataset.target_intensity[part]) / unit[:, None]
+    xy_px = np.nan_to_num(dataset.target_xy_px[part])
+    maps: NDArray[np.float64] = target_map(xy_px, intensity, dataset.image.shape[1], c)
+    return maps
 
 
 def _refined(
@@ -190,22 +231,23 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def print_figures(figures: dict[str, Any], console: Console) -> None:
+def print_figures(values: dict[str, Any], console: Console) -> None:
     """The figures as a small table."""
     table = Table(
-        title=f"{figures['engine']} on {figures['images']} images of {figures['profile']}",
+        title=f"{values['engine']} on {values['images']} images of {values['profile']}",
         show_header=False,
     )
-    low, high = figures["cso_map_interval"]
+    low, high = values["cso_map_interval"]
     rows = [
-        ("CSO-mAP", f"{figures['cso_map']:.4f}  (95 %: {low:.4f} to {high:.4f})"),
-        *((f"AP at {t} px", f"{ap:.4f}") for t, ap in figures["ap"].items()),
-        ("right number of targets", f"{100 * figures['count_accuracy']:.1f} %"),
-        ("RMSE, matched", _text(figures["rmse_px"], "px")),
-        ("Cramér–Rao bound, median", _text(figures["crb_px"], "px")),
-        ("intensity RMSE, relative", _text(figures["intensity_rmse_relative"])),
-        ("NEES a dimension", _text(figures["nees"])),
-        ("patches/s", f"{figures['patches_per_s']:.0f}"),
+        ("CSO-mAP", f"{values['cso_map']:.4f}  (95 %: {low:.4f} to {high:.4f})"),
+        *((f"AP at {t} px", f"{ap:.4f}") for t, ap in values["ap"].items()),
+        ("PSNR, SSIM of the maps", f"{values['psnr_db']:.2f} dB, {values['ssim']:.4f}"),
+        ("right number of targets", f"{100 * values['count_accuracy']:.1f} %"),
+        ("RMSE, matched", _text(values["rmse_px"], "px")),
+        ("Cramér–Rao bound, median", _text(values["crb_px"], "px")),
+        ("intensity RMSE, relative", _text(values["intensity_rmse_relative"])),
+        ("NEES a dimension", _text(values["nees"])),
+        ("patches/s", f"{values['patches_per_s']:.0f}"),
     ]
     for row in rows:
         table.add_row(*row)
