@@ -15,25 +15,28 @@ from torch import Tensor
 from engines.base import Engine, Maps, Patches
 from engines.errors import first_fault
 from engines.loader import most_specific
-from engines.manifest import Manifest, SensorLike
+from engines.manifest import Manifest, SensorLike, SensorNeeds
 from trainer import registry
 from trainer.errors import TrainerError
+from trainer.fit_config import DETECTION_THRESHOLD
 from trainer.network import UnmixingNetwork
 from trainer.tensors import read_tensors
 
 WEIGHTS = Path(__file__).parent / "weights"
+BATCH = 64
+"""Patches that torch takes at a time, as in the literature."""
 
 
 class TrainedNetwork(Engine):
     """The network itself, in torch float32 on the CPU: the reference for every backend."""
 
     def __init__(self, manifest: Manifest, network: UnmixingNetwork) -> None:
-        super().__init__(manifest)
-        self._network = network.eval()
+        super().__init__(manifest.model_copy(update={"max_batch": BATCH}))
+        self.network = network.eval()
 
     def _infer_into(self, map_BHW: Maps, patch_BHW: Patches) -> None:
         with torch.no_grad():
-            torch.from_numpy(map_BHW).copy_(self._network(torch.from_numpy(patch_BHW)))
+            torch.from_numpy(map_BHW).copy_(self.network(torch.from_numpy(patch_BHW)))
 
     def close(self) -> None:
         """Nothing is held that needs releasing."""
@@ -44,9 +47,11 @@ def load_trained(
 ) -> TrainedNetwork:
     """The network with weights from a file, or the shipped ones that fit the sensor best.
 
-    Raises TrainerError if there are none, or they are of another network or for another sensor.
+    A solver has none and needs none. Raises TrainerError if there are none, or they are of another
+    network or for another sensor.
     """
-    registry.network_class(network)
+    if not registry.network_class(network).trained and weights is None:
+        return load_solver(network, {})
     paths = [weights] if weights is not None else sorted(shipped.glob("*.pt"))
     read = {str(path): read_weights(path) for path in paths}
     own = {place: found for place, found in read.items() if found[0].network == network}
@@ -60,8 +65,42 @@ def load_trained(
             f"network {network}: no weights for this sensor ({'; '.join(reasons) or 'none shipped'}"
             "); train it, `trainer export` it and name its file with --weights"
         )
-    manifest, state = own[most_specific(fitting)]
-    return TrainedNetwork(manifest, with_weights(network, manifest.settings, state))
+    return load_weights(Path(most_specific(fitting)))
+
+
+def load_weights(path: Path) -> TrainedNetwork:
+    """The network of a weights file; raises TrainerError if it is none, or not whole."""
+    manifest, state = read_weights(path)
+    return TrainedNetwork(manifest, with_weights(manifest.network, manifest.settings, state))
+
+
+def load_solver(name: str, settings: dict[str, Any]) -> TrainedNetwork:
+    """A network without weights, for sensors of its σ; no training facts in its manifest."""
+    network = registry.build(name, settings)
+    config = network.config
+    manifest = Manifest(
+        name=name,
+        network=name,
+        settings=config.model_dump(mode="json"),
+        size_px=config.size_px,
+        c=config.c,
+        sigma_px=config.sigma_px,
+        scaling="full_scale",
+        sensor=SensorNeeds(sigma_px=config.sigma_px),
+        detection_threshold=DETECTION_THRESHOLD,
+        separate=0.0,
+        profile="none",
+        seed=0,
+        samples=0,
+        training_s=0.0,
+        loss=0.0,
+        cso_map=0.0,
+        parameters=0,
+        onnx_sha256=hashlib.sha256().hexdigest(),  # of nothing: there is no model file
+        weights_sha256=weights_sha256({}),
+        versions={},
+    )
+    return TrainedNetwork(manifest, network)
 
 
 def with_weights(
