@@ -17,7 +17,8 @@ from pipeline.formats.csist import CsistDataset, read_csist, save_csist, write_c
 from pipeline.physics.groups import PROFILES
 from pipeline.physics.psf import render
 from pipeline.physics.sensor import Sensor
-from trainer import cli, csist_files
+from trainer import cli, csist_annotation, csist_files
+from trainer.errors import TrainerError
 
 HAND_WRITTEN = """\
 <?xml version="1.0" ?>
@@ -78,9 +79,10 @@ def write_pair(split: Path, number: int | str, image=PLAIN, text: str = HAND_WRI
     (split / f"Annotations/CSO{number}.xml").write_text(text)
 
 
-def read(folder: Path, split: str = "test", **told: object) -> CsistDataset:
+def read(folder: Path, split: str | None = "test", **told: object) -> CsistDataset:
     unwritten = csist_files.Unwritten(**told)  # type: ignore[arg-type]
-    return csist_files.read_pairs(csist_files.find_pairs(folder, split), unwritten, ignore)
+    pairs = csist_files.find_pairs(csist_files.split_folder(folder, split))
+    return csist_files.read_pairs(pairs, unwritten, ignore)
 
 
 def ignore(done: int) -> None:
@@ -149,7 +151,7 @@ def test_full_scale_follows_from_the_bits_unless_told(tmp_path: Path) -> None:
     assert (eight.image.dtype, eight.sensor.full_scale) == (np.uint8, 255)
     assert (sixteen.image.dtype, sixteen.sensor.full_scale) == (np.uint16, 65535)
     assert read(tmp_path, "val", full_scale=16383).sensor.full_scale == 16383
-    with pytest.raises(csist_files.TrainerError, match=r"12000, full_scale is 4095; .*--full-sc"):
+    with pytest.raises(TrainerError, match=r"12000, full_scale is 4095; .*--full-sc"):
         read(tmp_path, "val", full_scale=4095)
 
 
@@ -176,8 +178,85 @@ def test_annotations_may_lie_beside_the_splits(tmp_path: Path) -> None:
     assert (len(read(tmp_path, "train")), len(read(tmp_path))) == (2, 1)
     write_pair(tmp_path / "val", 1)
     shutil.rmtree(tmp_path / "val/Annotations")
-    with pytest.raises(csist_files.TrainerError, match=r"val/.*image_1\.png: has the id of .*trai"):
+    with pytest.raises(TrainerError, match=r"val/.*image_1\.png: has the id of .*trai"):
         read(tmp_path)  # which image CSO1.xml is of, nobody can say
+
+
+# --- which split is taken ---------------------------------------------------------------------
+
+
+def imported(trainer, tmp_path: Path, folder: Path | str, *words: str) -> list[int]:
+    """The pixel that `write_split` gave each image that the command took."""
+    out = tmp_path / "out.zarr"
+    result = trainer("import-csist", folder, out, *words)
+    assert result.returncode == 0, result.stderr
+    taken = read_csist(out).image[:, 0, 0].tolist()
+    shutil.rmtree(out)
+    return taken
+
+
+def write_split(split: Path, *numbers: int) -> None:
+    for number in numbers:
+        write_pair(split, number, np.full((11, 11), number, np.uint8))
+
+
+def move_annotations_beside(split: Path) -> None:
+    shutil.copytree(split / "Annotations", split.parent / "Annotations", dirs_exist_ok=True)
+    shutil.rmtree(split / "Annotations")
+
+
+@pytest.mark.parametrize("name", ["train", "val", "test"])
+def test_the_only_split_is_taken_without_a_word(trainer, tmp_path: Path, name: str) -> None:
+    write_split(tmp_path / "d" / name, 3, 4)
+    assert imported(trainer, tmp_path, tmp_path / "d") == [3, 4]
+    move_annotations_beside(tmp_path / "d" / name)
+    assert imported(trainer, tmp_path, tmp_path / "d") == [3, 4]
+
+
+def test_of_several_splits_one_must_be_named(trainer, tmp_path: Path) -> None:
+    write_split(tmp_path / "d/train", 3)
+    write_split(tmp_path / "d/test", 5)
+    result = trainer("import-csist", tmp_path / "d", tmp_path / "out.zarr")
+    refused(result, f"{tmp_path / 'd'}: holds train, test; say which with --split")
+    assert not (tmp_path / "out.zarr").exists()
+    assert imported(trainer, tmp_path, tmp_path / "d", "--split", "train") == [3]
+    assert imported(trainer, tmp_path, tmp_path / "d", "--split", "test") == [5]
+
+
+@pytest.mark.parametrize("name", ["test", "mine"])
+def test_a_folder_of_images_is_itself_the_split(trainer, tmp_path: Path, monkeypatch, name) -> None:
+    folder = tmp_path / "d" / name
+    write_split(folder, 3, 4)
+    write_split(tmp_path / "d/train", 5)
+    assert imported(trainer, tmp_path, folder) == [3, 4]
+    for split in (folder, tmp_path / "d/train"):
+        move_annotations_beside(split)
+    assert imported(trainer, tmp_path, folder) == [3, 4]
+    monkeypatch.chdir(folder)
+    assert imported(trainer, tmp_path, ".") == [3, 4]
+    monkeypatch.chdir(folder / "cso_img")
+    assert imported(trainer, tmp_path, "..") == [3, 4]
+
+
+def test_a_folder_of_images_goes_before_splits_within_it(trainer, tmp_path: Path) -> None:
+    write_split(tmp_path / "d", 3)
+    write_split(tmp_path / "d/train", 4)
+    assert imported(trainer, tmp_path, tmp_path / "d") == [3]
+    assert imported(trainer, tmp_path, tmp_path / "d", "--split", "train") == [4]
+
+
+def test_annotations_inside_a_split_go_before_those_beside_it(tmp_path: Path) -> None:
+    write_split(tmp_path / "test", 3)
+    (tmp_path / "Annotations").mkdir()
+    beside = HAND_WRITTEN.replace("<yc>8.0", "<yc>1.0")
+    (tmp_path / "Annotations/CSO3.xml").write_text(beside)
+    for folder in (tmp_path, tmp_path / "test"):
+        assert read(folder, None).target_xy_px[0, 0, 0] == 8.0
+
+
+def test_a_folder_of_images_named_again_with_split_is_refused(trainer, files: Path) -> None:
+    result = trainer("import-csist", files / "test", files / "out.zarr", "--split", "test")
+    refused(result, "test/test/cso_img: no image_<id>.png")
 
 
 # --- there and back --------------------------------------------------------------------------
@@ -253,7 +332,7 @@ def test_empty_and_full_images_come_back(tmp_path: Path) -> None:
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
 def test_written_number_gives_the_same_float32(value: float) -> None:
-    text = csist_files._annotation(0, 0.5, np.array([[value, 0, 0]], np.float32))
+    text = csist_annotation.format_annotation(0, 0.5, np.array([[value, 0, 0]], np.float32))
     written = text.partition("<yc>")[2].partition("</yc>")[0]
     assert np.float32(float(written)).tobytes() == np.float32(value).tobytes()
     assert len(written) <= 15  # the shortest, not a float64's digits
@@ -264,7 +343,7 @@ def test_progress_ends_with_the_last_image(tmp_path: Path, monkeypatch) -> None:
     for number in range(5):
         write_pair(tmp_path / "test", number)
     seen: list[int] = []
-    pairs = csist_files.find_pairs(tmp_path, "test")
+    pairs = csist_files.find_pairs(tmp_path / "test")
     data = csist_files.read_pairs(pairs, csist_files.Unwritten(), seen.append)
     csist_files.write_files(tmp_path, "val", data, seen.append)
     assert seen == [2, 4, 5] * 2
@@ -300,10 +379,13 @@ def text(old: str, new: str, encoding: str = "utf-8") -> Callable[[Path], object
     [
         (lambda f: (f / ANNOTATION).unlink(), [IMAGE, "no annotation", "add ", "CSO8.xml"]),
         (lambda f: (f / IMAGE).unlink(), [ANNOTATION, "no image", "add ", "image_8.png"]),
-        (lambda f: shutil.rmtree(f / "test/Annotations"), ["image_7.png", "no annotation"]),
+        (
+            lambda f: shutil.rmtree(f / "test/Annotations"),
+            ["image_7.png", "no annotation; add ", "test/Annotations/CSO7.xml"],
+        ),
         (lambda f: shutil.rmtree(f / "test/cso_img"), ["test/cso_img", "no image_<id>.png"]),
         (lambda f: [p.unlink() for p in f.rglob("*.png")], ["test/cso_img", "no image_<id>.png"]),
-        (lambda f: shutil.rmtree(f), ["test/cso_img", "give the folder that holds test/"]),
+        (lambda f: shutil.rmtree(f), ["original: holds neither cso_img/ nor train, val, test"]),
         (lambda f: (f / IMAGE).with_name("image_b.png").touch(), ["image_b.png", "not named"]),
         (
             lambda f: shutil.copy(f / IMAGE, (f / IMAGE).with_name("image_08.png")),
@@ -366,14 +448,14 @@ def test_a_fault_in_the_files_is_one_line(
 def test_black_and_white_png_is_refused_not_stretched(files: Path) -> None:
     bits = [cv2.IMWRITE_PNG_BILEVEL, 1]
     cv2.imwrite(str(files / IMAGE), (PLAIN > 60).astype(np.uint8) * 255, bits)
-    with pytest.raises(csist_files.TrainerError, match=r"image_8\.png: must be .*, got 1-bit grey"):
+    with pytest.raises(TrainerError, match=r"image_8\.png: must be .*, got 1-bit grey"):
         read(files)
 
 
 def test_deeply_nested_xml_does_no_harm(files: Path) -> None:
     depth = 100_000
     (files / ANNOTATION).write_text("<annotation>" + "<a>" * depth + "</a>" * depth)
-    with pytest.raises(csist_files.TrainerError, match=r"CSO8\.xml: not well-formed XML \(no elem"):
+    with pytest.raises(TrainerError, match=r"CSO8\.xml: not well-formed XML \(no elem"):
         read(files)
 
 
@@ -381,7 +463,7 @@ def test_deeply_nested_xml_does_no_harm(files: Path) -> None:
     ("words", "fragments"),
     [
         ("--split tset", ["--split: no `tset`", "train, val, test"]),
-        ("--split val", ["val/cso_img", "give the folder that holds val/"]),
+        ("--split val", ["val/cso_img: no image_<id>.png", "another DIR or --split"]),
         ("--gain 0", ["gain", "positive electrons per DN"]),
         ("--read-noise inf", ["read_noise", "got inf", "correct the option"]),
         ("--background inf", ["--background", "got inf"]),
@@ -398,7 +480,7 @@ def test_a_wrong_option_is_one_line(trainer, files: Path, words: str, fragments)
 def test_sigma_beyond_reason_is_refused(files: Path) -> None:
     for path in (files / "test/Annotations").iterdir():
         path.write_text(HAND_WRITTEN.replace("<sigma>0.5", "<sigma>50"))
-    with pytest.raises(csist_files.TrainerError, match=r"must be from 0\.1 to 5 px.*CSO7\.xml"):
+    with pytest.raises(TrainerError, match=r"must be from 0\.1 to 5 px.*CSO7\.xml"):
         read(files)
 
 
@@ -437,7 +519,7 @@ def test_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch, error, r
         assert [path.name for path in tmp_path.glob(".val.*")] != []  # it was under way
         raise error
 
-    with pytest.raises((csist_files.TrainerError, KeyboardInterrupt)) as caught:
+    with pytest.raises((TrainerError, KeyboardInterrupt)) as caught:
         csist_files.write_files(tmp_path, "val", data, fail)
     assert raised in caught.typename
     assert [path.name for path in tmp_path.iterdir()] == ["test"]

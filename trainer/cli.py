@@ -57,12 +57,16 @@ def generate(
 @app.command("import-csist")
 def import_csist(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Holds train/, val/ or test/, as CSIST-100K does.")
+        Path,
+        typer.Argument(metavar="DIR", help="CSIST-100K (train/, val/, test/), or a split of it."),
     ],
     out: Annotated[
         Path, typer.Argument(metavar="OUT.zarr", help="Zarr group to write; must not exist.")
     ],
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    split: Annotated[
+        str | None,
+        typer.Option(help="train, val or test; without, DIR itself or the only one in it."),
+    ] = None,
     profile: Annotated[str, typer.Option(help="Name to keep with the data.")] = "imported",
     full_scale: Annotated[
         int | None,
@@ -83,8 +87,9 @@ def import_csist(
 
     csist_files.refuse_existing(out)
     unwritten = csist_files.Unwritten(profile, full_scale, read_noise, gain, background)
-    pairs = csist_files.find_pairs(folder, split)
-    with _progress(f"{folder / split}", len(pairs)) as show:
+    source = csist_files.split_folder(folder, split)
+    pairs = csist_files.find_pairs(source)
+    with _progress(str(source), len(pairs)) as show:
         dataset = csist_files.read_pairs(pairs, unwritten, show)
     save_csist(out, dataset)
     print(f"wrote {out}: {len(dataset)} images")

@@ -3,41 +3,33 @@
     DIR/{train,val,test}/cso_img/image_<id>.png           8- or 16-bit grey
     DIR/{train,val,test}/Annotations/CSO<id>.xml          or DIR/Annotations, for all three
 
-An annotation is `annotation/{filename, size/{width, height, depth}, sigma, object*/{name,
-coordinate/{xc, yc, brightness}}}`. There xc is the row and yc the column, px, whole numbers at
-pixel centres. Layout and naming: github.com/GrokCV/GrokCSO, README and grokcso/datasets.
+Layout and naming: github.com/GrokCV/GrokCSO, README and grokcso/datasets.
 """
 
 import os
 import re
 import shlex
 import shutil
-import struct
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import chain
 from math import inf
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-from xml.etree import ElementTree
+from typing import NamedTuple, TypeVar
 
-import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.formats.csist import FORMAT, CsistDataset
 from pipeline.physics.groups import MAX_TARGETS, SIZE_PX
 from pipeline.physics.sensor import Sensor
+from trainer.csist_annotation import format_annotation, parse_annotation
+from trainer.csist_image import FULL_SCALE, bits_of, decode_image, encode_image
 from trainer.errors import TrainerError
 
 SPLITS = ("train", "val", "test")
 IMAGES, ANNOTATIONS = "cso_img", "Annotations"
-FULL_SCALE = {8: 255, 16: 65535}
-"""Of a PNG by its bits, unless told otherwise."""
 PROGRESS_EVERY = 256
-FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 Progress = Callable[[int], None]
 Item = TypeVar("Item")
@@ -61,7 +53,7 @@ class Unwritten:
     def of(cls, dataset: CsistDataset) -> "Unwritten":
         """Of a dataset about to be exported."""
         sensor = dataset.sensor
-        usual = FULL_SCALE[_bits(dataset.image)]
+        usual = FULL_SCALE[bits_of(dataset.image)]
         return cls(
             profile=dataset.profile,
             full_scale=None if sensor.full_scale == usual else sensor.full_scale,
@@ -104,41 +96,55 @@ class Pair(NamedTuple):
     annotation: Path
 
 
-class Annotation(NamedTuple):
-    """What the XML of one image says."""
-
-    sigma_px: float
-    targets: list[tuple[float, float, float]]  # column px, row px, counts
-
-
 # --- reading ---------------------------------------------------------------------------------
 
 
-def find_pairs(folder: Path, split: str) -> list[Pair]:
+def split_folder(folder: Path, split: str | None) -> Path:
+    """The folder that holds cso_img/ of one split.
+
+    folder: holds the splits. Without `split` it may be a split itself, or else hold just one.
+    Raises TrainerError for a split of another name, and when it is not clear which one is meant.
+    """
+    if split is not None:
+        _check_split(split)
+        return folder / split
+    if (folder / IMAGES).is_dir():
+        return folder.resolve()  # whose parent may hold the annotations, also for `.`
+    present = [name for name in SPLITS if (folder / name).is_dir()]
+    if not present:
+        raise TrainerError(
+            f"{folder}: holds neither {IMAGES}/ nor {', '.join(SPLITS)}; give a folder that does"
+        )
+    if len(present) > 1:
+        raise TrainerError(f"{folder}: holds {', '.join(present)}; say which with --split")
+    return folder / present[0]
+
+
+def find_pairs(split: Path) -> list[Pair]:
     """The files of one split, by rising id; ids need not be contiguous.
 
-    folder: holds the splits. Annotations inside the split go before those beside it. Raises
+    split: the folder that holds cso_img/. Annotations inside it go before those beside it. Raises
     TrainerError for a folder that is missing or empty, an id given twice, an image without its
     annotation, an annotation without its image.
     """
-    _check_split(split)
-    images = _by_id([folder / split / IMAGES], "image_", ".png")
+    images = _images_by_id([split])
     if not images:
         raise TrainerError(
-            f"{folder / split / IMAGES}: no image_<id>.png; give the folder that holds {split}/"
+            f"{split / IMAGES}: no image_<id>.png; add images, or give another DIR or --split"
         )
-    annotations_folder, known = folder / split / ANNOTATIONS, images
-    if not annotations_folder.is_dir():
-        annotations_folder = folder / ANNOTATIONS
-        known = _by_id([folder / name / IMAGES for name in SPLITS], "image_", ".png")
-    annotations = _by_id([annotations_folder], "CSO", ".xml")
+    folder, known = split / ANNOTATIONS, images
+    beside = split.parent / ANNOTATIONS
+    if beside.is_dir() and not folder.is_dir():
+        others = [split.parent / name for name in SPLITS if name != split.name]
+        folder, known = beside, _images_by_id([split, *others])
+    annotations = _by_id([folder], "CSO", ".xml")
     for number, path in sorted(images.items()):
         if number not in annotations:
-            expected = annotations_folder / f"CSO{number}.xml"
+            expected = folder / f"CSO{number}.xml"
             raise TrainerError(f"{path}: has no annotation; add {expected}, or remove the image")
     for number, path in sorted(annotations.items()):
         if number not in known:
-            expected = folder / split / IMAGES / f"image_{number}.png"
+            expected = split / IMAGES / f"image_{number}.png"
             raise TrainerError(f"{path}: has no image; add {expected}, or remove the annotation")
     return [Pair(path, annotations[number]) for number, path in sorted(images.items())]
 
@@ -149,14 +155,16 @@ def read_pairs(pairs: list[Pair], unwritten: Unwritten, progress: Progress) -> C
     Positions and intensities are rounded to float32. progress: called with the number of images
     read. Raises TrainerError naming the file that is wrong.
     """
-    first_image, first = _read_image(pairs[0].image), _read_annotation(pairs[0].annotation)
-    sensor = unwritten.sensor(pairs[0].annotation, first.sigma_px, _bits(first_image))
+    first_image = _read(pairs[0].image, decode_image)
+    first = _read(pairs[0].annotation, parse_annotation)
+    sensor = unwritten.sensor(pairs[0].annotation, first.sigma_px, bits_of(first_image))
     image = np.empty((len(pairs), SIZE_PX, SIZE_PX), first_image.dtype)
     target_count = np.zeros(len(pairs), np.uint8)
     target = np.full((len(pairs), MAX_TARGETS, 3), np.nan, np.float32)
     for index, pair in _counted(pairs, progress):
-        found, annotation = _read_image(pair.image), _read_annotation(pair.annotation)
-        _check_same(pair.image, "bits", _bits(found), _bits(image))
+        found = _read(pair.image, decode_image)
+        annotation = _read(pair.annotation, parse_annotation)
+        _check_same(pair.image, "bits", bits_of(found), bits_of(image))
         _check_same(pair.annotation, "sigma", annotation.sigma_px, sensor.sigma_px)
         if found.max() > sensor.full_scale:
             raise TrainerError(
@@ -191,6 +199,10 @@ def _check_split(split: str) -> None:
         raise TrainerError(f"--split: no `{split}`; use {', '.join(SPLITS)}")
 
 
+def _images_by_id(splits: Iterable[Path]) -> dict[int, Path]:
+    return _by_id([split / IMAGES for split in splits], "image_", ".png")
+
+
 def _by_id(folders: Iterable[Path], prefix: str, suffix: str) -> dict[int, Path]:
     """The files of that suffix by the id in their name; a folder may be missing."""
     name = re.compile(rf"{prefix}_?([0-9]+)\{suffix}")  # CSO_<id> is how the README names them
@@ -215,119 +227,20 @@ def _files(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
 
 
+def _read(path: Path, parse: Callable[[bytes], Item]) -> Item:
+    with _reading(path):
+        return parse(path.read_bytes())
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
+    """Errors of the block name the file."""
     try:
         yield
     except OSError as error:
         raise TrainerError(f"{path}: cannot be read ({error.strerror}); check it") from error
-
-
-def _read_image(path: Path) -> NDArray[Any]:
-    """(11, 11) uint8 or uint16."""
-    with _reading(path):
-        png = path.read_bytes()
-    if not _is_whole(png):
-        raise TrainerError(f"{path}: not a PNG, truncated or damaged; copy it again")
-    # The header itself: OpenCV stretches 1 to 4 bits to 8 and turns a palette into colours.
-    width, height, bits, colour = struct.unpack_from(">IIBB", png, 16)
-    if colour != 0 or bits not in FULL_SCALE:
-        kind = f"{bits}-bit {'grey' if colour == 0 else 'colour, palette or alpha'}"
-        raise TrainerError(f"{path}: must be an 8- or 16-bit grey PNG, got {kind}; convert it")
-    if (width, height) != (SIZE_PX, SIZE_PX):
-        raise TrainerError(
-            f"{path}: must be {SIZE_PX}×{SIZE_PX} pixels, got {width}×{height}; crop or remove it"
-        )
-    image = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
-    if image is None or image.shape != (SIZE_PX, SIZE_PX):
-        raise TrainerError(f"{path}: cannot be decoded as a grey PNG; write it again")
-    return image
-
-
-def _is_whole(png: bytes) -> bool:
-    """Whether all chunks are there, up to the end mark, each with the right checksum.
-
-    Checked here because libpng complains on standard error, in words of its own.
-    """
-    if not png.startswith(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"):
-        return False
-    start = 8
-    while start + 12 <= len(png):
-        length, kind = struct.unpack_from(">I4s", png, start)
-        end = start + 12 + length
-        if png[end - 4 : end] != struct.pack(">I", zlib.crc32(png[start + 4 : end - 4])):
-            return False
-        if kind == b"IEND":
-            return True
-        start = end
-    return False
-
-
-class _TreeBuilder(ElementTree.TreeBuilder):
-    """Refuses a DOCTYPE, without which there are no entities to expand and no files to fetch."""
-
-    def doctype(self, _name: str, _public: str | None, _system: str | None) -> None:
-        raise TrainerError("has a DOCTYPE, which no annotation needs; remove it")
-
-
-def _parse(path: Path) -> ElementTree.Element:
-    with _reading(path):
-        text = path.read_bytes()
-    parser = ElementTree.XMLParser(target=_TreeBuilder())
-    try:
-        parser.feed(text)
-        root: ElementTree.Element = parser.close()
     except TrainerError as error:
         raise TrainerError(f"{path}: {error}") from error
-    except (ElementTree.ParseError, LookupError, ValueError) as error:  # the latter: its encoding
-        raise TrainerError(f"{path}: not well-formed XML ({error}); write it again") from error
-    if root.tag != "annotation":
-        raise TrainerError(f"{path}: must hold <annotation>, got <{root.tag[:40]}>; replace it")
-    return root
-
-
-def _read_annotation(path: Path) -> Annotation:
-    root = _parse(path)
-    place = str(path)
-    size = _number(place, root, "size/width"), _number(place, root, "size/height")
-    if size != (SIZE_PX, SIZE_PX):
-        raise TrainerError(
-            f"{path}: size is {size[0]:g}×{size[1]:g}, the image is {SIZE_PX}×{SIZE_PX}; correct it"
-        )
-    objects = root.findall("object")
-    if len(objects) > MAX_TARGETS:
-        raise TrainerError(
-            f"{path}: has {len(objects)} targets, a dataset holds at most {MAX_TARGETS}; "
-            "remove some, or the image"
-        )
-    return Annotation(
-        sigma_px=_number(place, root, "sigma"),
-        targets=[_target(f"{path}: object {n}", node) for n, node in enumerate(objects, start=1)],
-    )
-
-
-def _target(place: str, node: ElementTree.Element) -> tuple[float, float, float]:
-    row = _number(place, node, "coordinate/xc")
-    column = _number(place, node, "coordinate/yc")
-    return column, row, _number(place, node, "coordinate/brightness")
-
-
-def _number(place: str, node: ElementTree.Element, field: str) -> float:
-    """The number in a field that float32 can hold."""
-    text = node.findtext(field)
-    if text is None:
-        raise TrainerError(f"{place}: {field} is missing; add it")
-    try:
-        number = float(text)
-    except ValueError:
-        number = inf
-    if not abs(number) <= FLOAT32_MAX:
-        raise TrainerError(f"{place}: {field} must be a finite number, got {text[:40]!r}; mend it")
-    return number
-
-
-def _bits(image: NDArray[Any]) -> int:
-    return 8 * image.dtype.itemsize
 
 
 def _counted(items: Sequence[Item], progress: Progress) -> Iterator[tuple[int, Item]]:
@@ -340,29 +253,6 @@ def _counted(items: Sequence[Item], progress: Progress) -> Iterator[tuple[int, I
 
 
 # --- writing ---------------------------------------------------------------------------------
-
-_ANNOTATION = """\
-<?xml version="1.0" ?>
-<annotation>
-\t<filename>CSO{number}</filename>
-\t<size>
-\t\t<width>{size}</width>
-\t\t<height>{size}</height>
-\t\t<depth>1</depth>
-\t</size>
-\t<sigma>{sigma_px}</sigma>
-{objects}</annotation>
-"""
-_OBJECT = """\
-\t<object>
-\t\t<name>Target</name>
-\t\t<coordinate>
-\t\t\t<xc>{row}</xc>
-\t\t\t<yc>{column}</yc>
-\t\t\t<brightness>{intensity}</brightness>
-\t\t</coordinate>
-\t</object>
-"""
 
 
 def write_files(folder: Path, split: str, dataset: CsistDataset, progress: Progress) -> Path:
@@ -379,9 +269,9 @@ def write_files(folder: Path, split: str, dataset: CsistDataset, progress: Progr
         (new / IMAGES).mkdir()
         (new / ANNOTATIONS).mkdir()
         for index, count in _counted(dataset.target_count.tolist(), progress):
-            _, png = cv2.imencode(".png", dataset.image[index])
-            (new / IMAGES / f"image_{index}.png").write_bytes(png.tobytes())
-            text = _annotation(index, dataset.sensor.sigma_px, target[index, :count])
+            png = encode_image(dataset.image[index])
+            (new / IMAGES / f"image_{index}.png").write_bytes(png)
+            text = format_annotation(index, dataset.sensor.sigma_px, target[index, :count])
             (new / ANNOTATIONS / f"CSO{index}.xml").write_text(text, encoding="utf-8")
     return folder / split
 
@@ -405,12 +295,3 @@ def _new_folder(path: Path) -> Iterator[Path]:
         raise TrainerError(f"{path}: cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _annotation(number: int, sigma_px: float, target_K3: NDArray[np.float32]) -> str:
-    """The XML of one image; its numbers are the shortest that give the same float32 again."""
-    objects = "".join(
-        _OBJECT.format(row=row, column=column, intensity=intensity)
-        for column, row, intensity in (map(str, target) for target in target_K3)
-    )
-    return _ANNOTATION.format(number=number, size=SIZE_PX, sigma_px=sigma_px, objects=objects)
