@@ -36,19 +36,19 @@ class Engine(ABC):
         self.manifest = manifest
 
     def infer(self, patch_BHW: Patches) -> Maps:
-        """Maps (B, cn, cn) of patches (B, n, n), both float32 in network units, for any B ≥ 0.
+        """Maps (B, *manifest.map_shape) of patches (B, n, n), both float32, for any B ≥ 0.
 
         The patches stay the caller's and are only read; the maps are a new array, the caller's
         own. More than `manifest.max_batch` patches are inferred in parts. Raises ValueError for
         another shape or type.
         """
-        n, side = self.manifest.size_px, self.manifest.cells
+        n = self.manifest.size_px
         if patch_BHW.ndim != 3 or patch_BHW.shape[1:] != (n, n) or patch_BHW.dtype != np.float32:
             raise ValueError(
                 f"patches must be float32 (B, {n}, {n}), got {patch_BHW.dtype} {patch_BHW.shape}"
             )
         patch_BHW = np.ascontiguousarray(patch_BHW)
-        map_BHW = np.empty((len(patch_BHW), side, side), np.float32)
+        map_BHW = np.empty((len(patch_BHW), *self.manifest.map_shape), np.float32)
         for start in range(0, len(patch_BHW), self.manifest.max_batch):
             part = slice(start, start + self.manifest.max_batch)
             self._infer_into(map_BHW[part], patch_BHW[part])

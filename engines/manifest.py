@@ -13,6 +13,12 @@ from engines.scaling import Scaling
 SIGMA_TOLERANCE = 0.15
 """A sensor's σ may differ by this share: field engines are trained on ±10 %."""
 
+Output = Literal["intensity-map", "cell-targets"]
+"""What a network says of each cell: its intensity, or the target in it (7 channels)."""
+
+CHANNELS = 7
+"""Of cell-targets: probability, x, y, intensity, and the sigmas of these three."""
+
 NAME_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
 Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
 
@@ -70,8 +76,8 @@ def _plain(value: float | bool) -> str:
 class Manifest(BaseModel):
     """Everything there is to know of an engine; unknown fields are errors.
 
-    Patches (B, size_px, size_px) and maps (B, c·size_px, c·size_px) are float32 in network units
-    (see engines/scaling.py); the map holds the intensity in each cell.
+    Patches (B, size_px, size_px) and maps (B, *map_shape) are float32, intensities in network
+    units (see engines/scaling.py); `output` says what the map holds of each cell.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -82,7 +88,7 @@ class Manifest(BaseModel):
     size_px: int = Field(ge=3, le=255)
     c: int = Field(description="sub-pixel division: each pixel is c × c cells")
     sigma_px: float = Field(gt=0.0, description="PSF the network computes with, px")
-    output: Literal["intensity-map"] = "intensity-map"
+    output: Output = "intensity-map"
     scaling: Scaling
     sensor: SensorNeeds
     detection_threshold: float = Field(gt=0.0, description="network units")
@@ -102,9 +108,10 @@ class Manifest(BaseModel):
     versions: dict[str, str] = Field(description="library → version it was made with")
 
     @property
-    def cells(self) -> int:
-        """Cells along one side of a map."""
-        return self.c * self.size_px
+    def map_shape(self) -> tuple[int, ...]:
+        """Of one patch's map: (cells, cells), cells = c · size_px, or (7, cells, cells)."""
+        cells = self.c * self.size_px
+        return (cells, cells) if self.output == "intensity-map" else (CHANNELS, cells, cells)
 
     def fits(self, sensor: SensorLike) -> list[str]:
         """One line for each thing about the sensor this engine was not made for."""

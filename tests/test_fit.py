@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
 from pipeline.formats.csist import read_csist, save_csist, write_csist
-from pipeline.physics.grid import cell_index
+from pipeline.physics.grid import cell_index, target_map
 from pipeline.physics.groups import PROFILES
 from trainer import cli
 from trainer.curves import draw_curves, draw_picture
@@ -33,6 +34,7 @@ from trainer.fit import INITIAL_PAIRS, Run, averaged_weights, fit, load_checkpoi
 from trainer.fit_config import FitConfig, read_fit_config
 from trainer.progress import patches_per_s
 
+ON_GRID = partial(target_map, size=11, c=3)
 CONFIG = FitConfig(
     settings={"stages": 1, "channels": 2, "hidden": 4},
     samples=48,
@@ -230,7 +232,7 @@ def test_each_epoch_takes_every_image_once_in_its_own_order(dataset: Path) -> No
     images = read_csist(dataset).image
     orders = []
     for seed in (1, 2):
-        pairs = DatasetPairs(on_dataset(dataset, seed=seed), PROFILES["csist-100k"], 3, "cpu")
+        pairs = DatasetPairs(on_dataset(dataset, seed=seed), PROFILES["csist-100k"], ON_GRID, "cpu")
         seen = [image_of(patch, images) for step in range(3) for patch in pairs.batch(step)[0]]
         orders += [seen[:12], seen[12:]]
         assert torch.equal(pairs.batch(1)[0], pairs.batch(1)[0])  # a batch follows from its step
@@ -241,7 +243,7 @@ def test_each_epoch_takes_every_image_once_in_its_own_order(dataset: Path) -> No
 
 def test_pairs_of_a_dataset_are_its_images_and_its_targets(dataset: Path) -> None:
     stored = read_csist(dataset)
-    pairs = DatasetPairs(on_dataset(dataset), PROFILES["csist-100k"], 3, "cpu")
+    pairs = DatasetPairs(on_dataset(dataset), PROFILES["csist-100k"], ON_GRID, "cpu")
     for patch, found in zip(*pairs.initial(1000), strict=True):
         wanted = np.zeros((33, 33))
         for x, y, intensity in stored.truths()[image_of(patch, stored.image)]:

@@ -21,7 +21,6 @@ from trainer.metrics import (
     cso_map_by_count,
     cso_map_difference_interval,
     cso_map_interval,
-    grid_rows,
     group_bounds,
     matched_errors,
     nees,
@@ -128,17 +127,6 @@ def test_by_count_scores_images_with_equally_many_targets(rng) -> None:
     assert scored[0].mean == 0.0  # something was found in one of them
     assert cso_map_by_count([truths[0][:0]], [truths[0][:0]])[0].mean == 1.0
     assert cso_map_by_count([], []) == {}
-
-
-def test_grid_rows_are_in_pixels_and_counts() -> None:
-    maps = np.zeros((3, 33, 33), np.float32)
-    maps[0, 3, 7] = 0.5  # row 3 = pixel 1, first cell; column 7 = pixel 2, middle cell
-    maps[2, 0, 0] = 0.19
-    maps[2, 32, 32] = 1.0
-    rows = grid_rows(maps, np.array([100.0, 1.0, 200.0]), 3, 0.2)
-    np.testing.assert_allclose(rows[0], [[2.0, 1.0 - 1 / 3, 50.0]])
-    assert rows[1].shape == (0, 3)
-    np.testing.assert_allclose(rows[2], [[10 + 1 / 3, 10 + 1 / 3, 200.0]])
 
 
 def test_counts_and_matched_errors() -> None:

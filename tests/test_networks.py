@@ -1,5 +1,6 @@
 """Every network: its size, that patches do not mix, that it learns, that it survives export."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from conftest import small_training
 
-from pipeline.physics.grid import sampling_matrix
+from pipeline.physics.grid import sampling_matrix, target_map
 from pipeline.physics.groups import PROFILES
 from trainer import registry
 from trainer.data import TorchRandom, training_pairs
@@ -26,6 +27,7 @@ TRAINED = {
     "DSCSNet": ("dscs_net", {"stages": 2, "channels": 4, "attention": 4}),
     "FOCUS": ("focus", {"channels": 8}),
     "SRFBN": ("srfbn", {"features": 4, "groups": 2}),
+    "off the grid": ("off_grid", {"channels": 8, "blocks": 1}),
     "SAN": ("san", {"groups": 2, "blocks": 1, "features": 16, "reduction": 2}),
 }
 SOLVER = {"ISTA": ("ista", {"iterations": 20})}
@@ -46,9 +48,12 @@ def small_network(title: str, c: int = 3) -> UnmixingNetwork:
     return network
 
 
-def pairs(number: int, seed: int = 1, c: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    profile = PROFILES["csist-100k"]
-    return training_pairs(profile, number, c, "full_scale", TorchRandom(seed), crowded=False)
+def pairs(
+    number: int, seed: int = 1, c: int = 3, network: UnmixingNetwork | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    profile, rng = PROFILES["csist-100k"], TorchRandom(seed)
+    truth_of = network.truth if network else partial(target_map, size=11, c=c)
+    return training_pairs(profile, number, truth_of, "full_scale", rng, crowded=False)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +69,8 @@ def pairs(number: int, seed: int = 1, c: int = 3) -> tuple[torch.Tensor, torch.T
         ("san", 4_440_514),
         # sizes of this one are not published
         ("dscs_net", 126_398),
+        # and these are ours
+        ("off_grid", 170_271),
         ("ista", 0),
     ],
 )
@@ -80,7 +87,9 @@ def test_all_networks_are_tested_here() -> None:
 @pytest.mark.parametrize("title", ALL)
 def test_map_has_c_by_c_cells_a_pixel(title: str, c: int) -> None:
     with torch.no_grad():
-        assert small_network(title, c)(torch.rand(2, 11, 11)).shape == (2, 11 * c, 11 * c)
+        network = small_network(title, c)
+        per_cell = (7,) if network.output == "cell-targets" else ()
+        assert network(torch.rand(2, 11, 11)).shape == (2, *per_cell, 11 * c, 11 * c)
 
 
 @pytest.mark.parametrize("title", ALL)
@@ -108,7 +117,7 @@ def test_gradient_does_not_depend_on_batch_mates(title: str) -> None:
 @pytest.mark.parametrize("title", TRAINED)
 def test_every_parameter_gets_a_gradient(title: str) -> None:
     network = small_network(title)
-    network.loss(*pairs(16)).backward()
+    network.loss(*pairs(16, network=network)).backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0.0, name
@@ -117,7 +126,7 @@ def test_every_parameter_gets_a_gradient(title: str) -> None:
 @pytest.mark.parametrize("title", TRAINED)
 def test_a_few_steps_on_one_batch_lower_the_loss(title: str) -> None:
     network = small_network(title)
-    batch = pairs(32)
+    batch = pairs(32, network=network)
     optimiser = torch.optim.Adam(network.parameters(), lr=3e-3)
     losses = []
     for _ in range(25):

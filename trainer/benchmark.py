@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.formats.csist import CsistDataset, read_csist, write_csist
@@ -17,8 +16,9 @@ from pipeline.physics.groups import PROFILES
 from trainer.errors import TrainerError
 from trainer.evaluate import Progress, figures, true_maps, unmix
 from trainer.fit_config import DETECTION_THRESHOLD
-from trainer.metrics import cso_map, cso_map_difference_interval, grid_rows
+from trainer.metrics import cso_map, cso_map_difference_interval
 from trainer.network import UnmixingNetwork
+from trainer.reading import Detections, read_maps
 from trainer.trained import BATCH, WEIGHTS, TrainedNetwork, load_solver, load_weights
 
 SEED = 20261122
@@ -159,7 +159,7 @@ def run(
     loaded = [(system, system.load()) for system in systems]
     true = dataset.truths()
     rows: list[dict[str, Any]] = []
-    found: dict[str, list[NDArray[np.float64]]] = {}
+    found: dict[str, list[Detections]] = {}
     for system, engine in loaded:
         if engine.manifest.fits(dataset.sensor):
             raise TrainerError(
@@ -192,7 +192,8 @@ def grid_ceiling(dataset: CsistDataset, c: int) -> float:
     full_scale = float(dataset.sensor.full_scale)
     unit = np.full(len(dataset), full_scale)
     maps = true_maps(dataset, slice(None), c, unit).astype(np.float32)
-    return cso_map(grid_rows(maps, unit, c, DETECTION_THRESHOLD), dataset.truths()).mean
+    found = read_maps(maps, unit, "intensity-map", c, DETECTION_THRESHOLD)
+    return cso_map(found, dataset.truths()).mean
 
 
 def multiply_adds(network: UnmixingNetwork, patch_BHW: torch.Tensor) -> float:

@@ -74,8 +74,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
         _percent(published["cso_map"]),
         f"{100 * versus[0]:+.2f} to {100 * versus[1]:+.2f}" if versus else "–",
         *(_percent(row["ap"][threshold]) for threshold in THRESHOLDS),
-        f"{row['psnr_db']:.2f}",
-        f"{row['ssim']:.4f}",
+        "–" if row["psnr_db"] is None else f"{row['psnr_db']:.2f}",
+        "–" if row["ssim"] is None else f"{row['ssim']:.4f}",
         f"{row['patches_per_s']:,.0f}",
     ]
 

@@ -1,6 +1,6 @@
 """Training pairs: drawn on the device as the network trains, or taken from a fixed dataset."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,13 +13,15 @@ from torch import Tensor
 
 from engines.scaling import Scaling
 from pipeline.formats.csist import CsistDataset, read_csist
-from pipeline.physics.grid import target_map
 from pipeline.physics.groups import SIZE_PX, Groups, Profile, draw_groups
 from pipeline.physics.measurement import measure
 from pipeline.physics.psf import render
 from trainer.errors import TrainerError
 from trainer.fit_config import FitConfig
 from trainer.units import to_network_units
+
+TruthOf = Callable[[Tensor, Tensor], Tensor]
+"""`UnmixingNetwork.truth`: positions (B, K, 2) px and intensities (B, K) to what is learnt."""
 
 
 class TorchRandom:
@@ -38,7 +40,7 @@ class TorchRandom:
 
 
 class Pairs(Protocol):
-    """Where a run's pairs come from: patches (B, n, n) and maps (B, cn, cn), network units."""
+    """Where a run's pairs come from: patches (B, n, n) and truths (B, …), network units."""
 
     def initial(self, number: int) -> tuple[Tensor, Tensor]:
         """Pairs for `fit_initial`, at most `number`."""
@@ -53,8 +55,10 @@ class DrawnPairs:
     The first `crowded_share` of the run is on crowded patches.
     """
 
-    def __init__(self, config: FitConfig, profile: Profile, c: int, rng: TorchRandom) -> None:
-        self._config, self._profile, self._c, self._rng = config, profile, c, rng
+    def __init__(
+        self, config: FitConfig, profile: Profile, truth_of: TruthOf, rng: TorchRandom
+    ) -> None:
+        self._config, self._profile, self._truth_of, self._rng = config, profile, truth_of, rng
 
     def initial(self, number: int) -> tuple[Tensor, Tensor]:
         """`number` pairs as the profile has them."""
@@ -67,7 +71,7 @@ class DrawnPairs:
 
     def _draw(self, number: int, *, crowded: bool) -> tuple[Tensor, Tensor]:
         return training_pairs(
-            self._profile, number, self._c, self._config.scaling, self._rng, crowded=crowded
+            self._profile, number, self._truth_of, self._config.scaling, self._rng, crowded=crowded
         )
 
 
@@ -78,11 +82,11 @@ class DatasetPairs:
     Raises TrainerError for a dataset without images or of another sensor than the profile's.
     """
 
-    def __init__(self, config: FitConfig, profile: Profile, c: int, device: str) -> None:
+    def __init__(self, config: FitConfig, profile: Profile, truth_of: TruthOf, device: str) -> None:
         path = Path(str(config.dataset))
         dataset = read_csist(path)
         _check_sensor(path, dataset, profile)
-        self._config, self._profile, self._c = config, profile, c
+        self._config, self._profile, self._truth_of = config, profile, truth_of
         self._patch = torch.tensor(dataset.image.astype(np.float32), device=device)
         self._xy_px = torch.tensor(dataset.target_xy_px, device=device).nan_to_num(0.0)
         self._intensity = torch.tensor(dataset.target_intensity, device=device).nan_to_num(0.0)
@@ -109,7 +113,7 @@ class DatasetPairs:
             self._xy_px[rows],
             self._intensity[rows],
             self._profile,
-            self._c,
+            self._truth_of,
             self._config.scaling,
         )
 
@@ -139,9 +143,15 @@ def _check_sensor(path: Path, dataset: CsistDataset, profile: Profile) -> None:
 
 
 def training_pairs(
-    profile: Profile, number: int, c: int, scaling: Scaling, rng: TorchRandom, *, crowded: bool
+    profile: Profile,
+    number: int,
+    truth_of: TruthOf,
+    scaling: Scaling,
+    rng: TorchRandom,
+    *,
+    crowded: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`number` patches and their maps, both in network units: (B, n, n), (B, cn, cn).
+    """`number` patches (B, n, n) and what a network is to make of them, both in network units.
 
     crowded: four groups a patch, one in each quadrant at least a pixel from the next. Most of a
     patch is empty and the transforms are local, so a crowded patch teaches nearly four times as
@@ -152,7 +162,7 @@ def training_pairs(
         groups.xy_px, groups.intensity, (SIZE_PX, SIZE_PX), groups.sigma_px[:, None]
     )
     patch = measure(mean, profile.sensor, rng)
-    return in_network_units(patch, groups.xy_px, groups.intensity, profile, c, scaling)
+    return in_network_units(patch, groups.xy_px, groups.intensity, profile, truth_of, scaling)
 
 
 def in_network_units(
@@ -160,7 +170,7 @@ def in_network_units(
     xy_px: Tensor,
     intensity: Tensor,
     profile: Profile,
-    c: int,
+    truth_of: TruthOf,
     scaling: Scaling,
 ) -> tuple[Tensor, Tensor]:
     """Measured patches (B, n, n) and their targets, in counts → the pairs a network learns.
@@ -173,7 +183,7 @@ def in_network_units(
         scaling=scaling,
         full_scale=profile.sensor.full_scale,
     )
-    return patch, target_map(xy_px, intensity / unit[:, None], SIZE_PX, c)
+    return patch, truth_of(xy_px, intensity / unit[:, None])
 
 
 def _crowd(profile: Profile, number: int, rng: TorchRandom) -> Groups:

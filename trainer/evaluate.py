@@ -27,11 +27,11 @@ from trainer.metrics import (
     cso_map,
     cso_map_by_count,
     cso_map_interval,
-    grid_rows,
     group_bounds,
     matched_errors,
     nees,
 )
+from trainer.reading import Detections, by_image, expected_hits, read_maps
 from trainer.units import to_network_units
 
 Progress = Callable[[int], None]
@@ -43,9 +43,9 @@ _PATCHES_AT_ONCE = 256
 class Unmixed:
     """What an engine made of the images of a dataset."""
 
-    found: list[NDArray[np.float64]]  # for each image detections (n, 3): x px, y px, counts
+    found: list[Detections]  # for each image (n, 4): x px, y px, score, intensity counts
     refined: bool
-    psnr_db: NDArray[np.float64]  # (N,) of the network's maps against the true ones
+    psnr_db: NDArray[np.float64]  # (N,) of maps of intensity against the true ones, else NaN
     ssim: NDArray[np.float64]  # (N,)
     seconds: float  # of the network, of reading its maps and, if refined, of the fit
 
@@ -121,8 +121,8 @@ def unmix(
 ) -> Unmixed:
     """Run an engine over a dataset; progress: called with the number of patches done.
 
-    Detections are all cells at or above the manifest's threshold; refined: what the likelihood
-    makes of these. Raises TrainerError for an empty dataset or one of another patch size.
+    Detections are read as `read_maps` says; refined: what the likelihood makes of these. Raises
+    TrainerError for an empty dataset or one of another patch size.
     """
     manifest = engine.manifest
     if len(dataset) == 0:
@@ -132,8 +132,8 @@ def unmix(
             f"engine {manifest.name}: is for patches of {manifest.size_px} px, the dataset's have "
             f"{dataset.image.shape[1]}; train one of that size"
         )
-    found: list[NDArray[np.float64]] = []
-    psnr, similarity = np.empty(len(dataset)), np.empty(len(dataset))
+    found: list[Detections] = []
+    psnr, similarity = np.full((2, len(dataset)), np.nan)
     seconds = 0.0
     for start in range(0, len(dataset), _PATCHES_AT_ONCE):
         part = slice(start, start + _PATCHES_AT_ONCE)
@@ -146,14 +146,15 @@ def unmix(
         )
         began = time.perf_counter()
         maps = engine.infer(signal)
-        rows = grid_rows(maps, unit, manifest.c, manifest.detection_threshold)
+        rows = read_maps(maps, unit, manifest.output, manifest.c, manifest.detection_threshold)
         if refined:
             background = counts - signal * unit[:, None, None]
             rows = _refined(rows, counts, background, dataset.sensor)
         seconds += time.perf_counter() - began
         found += rows
-        truth = true_maps(dataset, part, manifest.c, unit)
-        psnr[part], similarity[part] = psnr_db(maps, truth), ssim(maps, truth)
+        if manifest.output == "intensity-map":
+            truth = true_maps(dataset, part, manifest.c, unit)
+            psnr[part], similarity[part] = psnr_db(maps, truth), ssim(maps, truth)
         if progress is not None:
             progress(len(found))
     return Unmixed(found, refined, psnr, similarity, seconds)
@@ -170,20 +171,28 @@ def true_maps(
 
 
 def _refined(
-    rows: list[NDArray[np.float64]],
+    rows: list[Detections],
     counts_BHW: NDArray[np.float32],
     background_BHW: NDArray[np.float32],
     sensor: Sensor,
-) -> list[NDArray[np.float64]]:
-    """The same lists after the fit; an image without candidates stays without."""
+) -> list[Detections]:
+    """The same lists after the fit; an image without candidates stays without.
+
+    Scores follow from the Cramér–Rao bound at the estimate.
+    """
     patch = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     table = np.concatenate(rows)
-    start = Candidates(patch, table[:, :2], table[:, 2], np.zeros(len(patch), dtype=np.bool_))
+    start = Candidates(patch, table[:, :2], table[:, 3], np.zeros(len(patch), dtype=np.bool_))
     usable = np.ones(counts_BHW.shape, dtype=np.bool_)
     window = Window(counts_BHW.astype(np.float64), background_BHW.astype(np.float64), usable)
     found = refine(window, start, sensor)
-    table = np.column_stack([found.xy_px, found.intensity])
-    return np.split(table, np.searchsorted(found.patch, np.arange(1, len(rows))))
+    table = np.column_stack([found.xy_px, found.intensity, found.intensity])
+    estimate = by_image(found.patch, len(rows), table)
+    background = float(background_BHW.mean())
+    bounds = group_bounds(estimate, sensor, counts_BHW.shape[1], background)
+    variance = [np.trace(bound, axis1=1, axis2=2) / 2.0 for bound in bounds]
+    table[:, 2] = expected_hits(np.concatenate(variance))
+    return by_image(found.patch, len(rows), table)
 
 
 def _bounds_by_count(
@@ -241,7 +250,8 @@ def print_figures(values: dict[str, Any], console: Console) -> None:
     rows = [
         ("CSO-mAP", f"{values['cso_map']:.4f}  (95 %: {low:.4f} to {high:.4f})"),
         *((f"AP at {t} px", f"{ap:.4f}") for t, ap in values["ap"].items()),
-        ("PSNR, SSIM of the maps", f"{values['psnr_db']:.2f} dB, {values['ssim']:.4f}"),
+        ("PSNR of the maps", _text(values["psnr_db"], "dB")),
+        ("SSIM of the maps", _text(values["ssim"])),
         ("right number of targets", f"{100 * values['count_accuracy']:.1f} %"),
         ("RMSE, matched", _text(values["rmse_px"], "px")),
         ("Cramér–Rao bound, median", _text(values["crb_px"], "px")),

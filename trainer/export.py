@@ -152,6 +152,7 @@ def _facts(config: FitConfig, network: UnmixingNetwork, record: dict[str, float]
         "settings": network.config.model_dump(mode="json"),
         "size_px": network.config.size_px,
         "c": network.config.c,
+        "output": network.output,
         "sigma_px": network.config.sigma_px,
         "scaling": config.scaling,
         "sensor": sensor_needs(profile_for(config.profile, network), config.scaling),

@@ -77,10 +77,10 @@ class Run:
             ) from error
 
     def _pairs(self) -> Pairs:
-        c = self.network.config.c
+        truth_of = self.network.truth
         if self.config.dataset is None:
-            return DrawnPairs(self.config, self.profile, c, self.rng)
-        return DatasetPairs(self.config, self.profile, c, self.device)
+            return DrawnPairs(self.config, self.profile, truth_of, self.rng)
+        return DatasetPairs(self.config, self.profile, truth_of, self.device)
 
     def save(self) -> None:
         """Write log, then checkpoint, each beside the old one it replaces: a kill leaves one whole.
@@ -184,10 +184,11 @@ class Run:
         return record
 
     def validate(self) -> CsoMap:
-        """Grid CSO-mAP of the averaged weights on held-out patches of the profile."""
+        """CSO-mAP of the averaged weights on held-out patches of the profile."""
         config = self.config
         return held_out_cso_map(
             self.average,
+            self.network.output,
             self.network.config.c,
             self.profile,
             config.scaling,

@@ -1,6 +1,7 @@
 """How good an unmixing is: CSO-mAP with its interval, counts, positions, intensities, and bounds.
 
-Images are lists: detections (n, 3) x px, y px, score; truths (m, 3) x px, y px, intensity counts.
+Images are lists: detections (n, ≥3) x px, y px, score, and last, where intensities are judged,
+intensity; truths (m, 3) x px, y px, intensity counts.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.physics.bounds import cramer_rao, fisher_information
-from pipeline.physics.grid import grid_detections
 from pipeline.physics.score import (
     THRESHOLDS_PX,
     CsoMap,
@@ -29,7 +29,6 @@ __all__ = [
     "cso_map_by_count",
     "cso_map_difference_interval",
     "cso_map_interval",
-    "grid_rows",
     "group_bounds",
     "matched_errors",
     "nees",
@@ -40,18 +39,6 @@ MATCH_GATE_PX = 0.5
 
 _GROUPS_AT_ONCE = 2048
 _RESAMPLES_AT_ONCE = 16
-
-
-def grid_rows(
-    map_BHW: NDArray[np.float32], unit_B: NDArray[np.floating], c: int, threshold: float
-) -> list[NDArray[np.float64]]:
-    """Detections of each map, (n, 3) x px, y px, score: every cell ≥ threshold, as published.
-
-    map_BHW and threshold in network units; scores, and so intensities, in counts by `unit_B`.
-    """
-    peaks = grid_detections(map_BHW, c, threshold)
-    rows = np.column_stack([peaks.xy_px, peaks.value * unit_B[peaks.image]])
-    return np.split(rows, np.searchsorted(peaks.image, np.arange(1, len(map_BHW))))
 
 
 def cso_map_by_count(detections: Sequence[Rows], truths: Sequence[Rows]) -> dict[int, CsoMap]:
@@ -172,7 +159,7 @@ def matched_errors(
     which, errors = [np.empty((0, 2), np.int64)], [np.empty((0, 3))]
     for image, (found, true) in enumerate(zip(detections, truths, strict=True)):
         pairs = match_at_gate(found, true, gate_px)
-        error = found[pairs[:, 0], :3] - true[pairs[:, 1], :3]
+        error = found[pairs[:, 0]][:, [0, 1, -1]] - true[pairs[:, 1], :3]
         error[:, 2] /= true[pairs[:, 1], 2]
         which.append(np.column_stack([np.full(len(pairs), image), pairs[:, 0]]))
         errors.append(error)
@@ -182,16 +169,18 @@ def matched_errors(
 def group_bounds(
     groups: Sequence[Rows], sensor: Sensor, size_px: int, background: float
 ) -> list[NDArray[np.float64]]:
-    """Cramér–Rao covariance (n, 2, 2) px² of the positions in each group (n, 3) x, y, intensity.
+    """Cramér–Rao covariance (n, 2, 2) px² of the positions in each group (n, ≥3).
+
+    Columns: x px, y px, …, last the intensity, counts.
 
     All intensities are unknown too, and so is the background unless it is 0; σ is the sensor's.
     """
     bounds = [np.empty((0, 2, 2))] * len(groups)
     for members in _of_equal_count(groups):
-        rows = np.stack([groups[i] for i in members]).astype(np.float64)  # (G, n, 3)
+        rows = np.stack([groups[i] for i in members]).astype(np.float64)  # (G, n, ≥3)
         information = fisher_information(
             rows[..., :2],
-            rows[..., 2],
+            rows[..., -1],
             background,
             (size_px, size_px),
             sensor,

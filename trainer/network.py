@@ -4,17 +4,34 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from engines.manifest import Output
+from pipeline.physics.grid import target_map
+
 
 class UnmixingNetwork(nn.Module):
-    """Patch in network units (B, n, n) → map of intensities in the same units (B, cn, cn)."""
+    """Patch in network units (B, n, n) → what `output` says of each of its c × c cells a pixel.
+
+    "intensity-map": the intensity in the cell (B, cn, cn), in network units; "cell-targets": see
+    `pipeline.physics.cell_targets` (B, 7, cn, cn).
+    """
 
     config: Any  # the nested Config, with at least size_px, c and sigma_px
+    output: ClassVar[Output] = "intensity-map"
     trained: ClassVar[bool] = True
     """False: a solver, which has no weights."""
 
-    def fit_initial(self, patch_BHW: Tensor, map_BHW: Tensor) -> None:
+    def truth(self, xy_px: Tensor, intensity: Tensor) -> Tensor:
+        """What `loss` compares with, of targets (B, K, 2) px and (B, K) in network units, 0: none.
+
+        By default the map of a perfect network on the grid.
+        """
+        size_px, c = self.config.size_px, self.config.c
+        perfect: Tensor = target_map(xy_px, intensity, size_px, c)
+        return perfect
+
+    def fit_initial(self, patch_BHW: Tensor, truth: Tensor) -> None:
         """Set what is computed from training pairs rather than trained; nothing by default."""
 
-    def loss(self, patch_BHW: Tensor, map_BHW: Tensor) -> Tensor:
+    def loss(self, patch_BHW: Tensor, truth: Tensor) -> Tensor:
         """Training loss of a batch, a scalar."""
-        return (self(patch_BHW) - map_BHW).square().mean()
+        return (self(patch_BHW) - truth).square().mean()

@@ -85,6 +85,7 @@ def load_solver(name: str, settings: dict[str, Any]) -> TrainedNetwork:
         size_px=config.size_px,
         c=config.c,
         sigma_px=config.sigma_px,
+        output=network.output,
         scaling="full_scale",
         sensor=SensorNeeds(sigma_px=config.sigma_px),
         detection_threshold=DETECTION_THRESHOLD,

@@ -65,13 +65,13 @@ class LearntStart(ModelNetwork):
         super().__init__(config)
         self.register_buffer("initial", torch.zeros(self.side**2, config.size_px**2))
 
-    def fit_initial(self, patch_BHW: Tensor, map_BHW: Tensor, ridge: float = 1e-3) -> None:
+    def fit_initial(self, patch_BHW: Tensor, truth: Tensor, ridge: float = 1e-3) -> None:
         """Q = X Yᵀ (Y Yᵀ + ridge·tr/n·I)⁻¹ from pairs of map X and patch Y.
 
         The ridge is needed: corner pixels hardly ever see a target, so Y Yᵀ is near singular.
         """
         y = patch_BHW.flatten(1).double()
-        x = map_BHW.flatten(1).double()
+        x = truth.flatten(1).double()
         gram = y.T @ y
         gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
         self.get_buffer("initial").copy_(torch.linalg.solve(gram, y.T @ x).T)
@@ -98,14 +98,14 @@ class UnfoldedNetwork(LearntStart):
         """Map of intensities (B, cn, cn)."""
         return self._unfold(patch_BHW, checked=0)[0]
 
-    def loss(self, patch_BHW: Tensor, map_BHW: Tensor) -> Tensor:
+    def loss(self, patch_BHW: Tensor, truth: Tensor) -> Tensor:
         """Mean squared error of the map + 0.01 · Σ over stages of the symmetry error.
 
         The symmetry term is averaged over a quarter of the batch: the same expectation for a
         quarter of its cost, which would be a third of the step.
         """
         result, symmetry = self._unfold(patch_BHW, checked=-(-len(patch_BHW) // 4))
-        return (result - map_BHW).square().mean() + SYMMETRY_WEIGHT * symmetry
+        return (result - truth).square().mean() + SYMMETRY_WEIGHT * symmetry
 
     def _unfold(self, patch_BHW: Tensor, checked: int) -> tuple[Tensor, Tensor]:
         """All stages: the map, and the sum of their symmetry errors over `checked` patches."""

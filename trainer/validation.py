@@ -2,20 +2,28 @@
 
 import torch
 
+from engines.manifest import Output
 from engines.scaling import Scaling
 from pipeline.physics.groups import Profile, draw_patches
 from trainer.data import TorchRandom
 from trainer.fit_config import DETECTION_THRESHOLD, VALIDATION_SEED
-from trainer.metrics import CsoMap, cso_map, grid_rows
+from trainer.metrics import CsoMap, cso_map
+from trainer.reading import read_maps
 from trainer.units import to_network_units
 
 _PATCHES_AT_ONCE = 256
 
 
 def held_out_cso_map(
-    network: torch.nn.Module, c: int, profile: Profile, scaling: Scaling, samples: int, device: str
+    network: torch.nn.Module,
+    output: Output,
+    c: int,
+    profile: Profile,
+    scaling: Scaling,
+    samples: int,
+    device: str,
 ) -> CsoMap:
-    """Grid CSO-mAP of a network on `samples` held-out patches of the profile, always the same."""
+    """CSO-mAP of a network on `samples` held-out patches of the profile, always the same."""
     patch, groups = draw_patches(profile, samples, TorchRandom(VALIDATION_SEED))
     signal, unit = to_network_units(
         patch,
@@ -25,7 +33,8 @@ def held_out_cso_map(
     )
     with torch.no_grad():
         maps = [network(part.to(device)).cpu() for part in signal.split(_PATCHES_AT_ONCE)]
-    found = grid_rows(torch.cat(maps).numpy(), unit.numpy(), c, DETECTION_THRESHOLD)
+    maps_B = torch.cat(maps).float().numpy()
+    found = read_maps(maps_B, unit.numpy(), output, c, DETECTION_THRESHOLD)
     true = [
         xy_px[:count]
         for xy_px, count in zip(groups.xy_px.numpy(), groups.count.tolist(), strict=True)

@@ -56,11 +56,14 @@ class OpenvinoCpu(Engine):
 
 def _check_shapes(network: Any, manifest: Manifest, model: Path) -> None:
     """Refuse a model whose patches or maps are not what the manifest says."""
-    n, side = manifest.size_px, manifest.cells
-    sides = (("takes patches", network.inputs, n), ("gives maps", network.outputs, side))
-    for what, ports, size in sides:
+    n = manifest.size_px
+    sides = (
+        ("takes patches", network.inputs, (n, n)),
+        ("gives maps", network.outputs, manifest.map_shape),
+    )
+    for what, ports, shape in sides:
         shapes = [str(port.partial_shape) for port in ports]
-        wanted = openvino.PartialShape([-1, size, size])
+        wanted = openvino.PartialShape([-1, *shape])
         if len(ports) != 1 or not ports[0].partial_shape.same_scheme(wanted):
             raise EngineError(
                 f"{model}: {what} of shape {', '.join(shapes)}, its manifest says {wanted} "

@@ -30,7 +30,7 @@ def cso_map(
 ) -> CsoMap:
     """CSO-mAP of the CSIST benchmark (arXiv:2505.19148).
 
-    detections: for each image (n, 3) x, y, score. truths: for each image (m, ≥2) x, y, … px.
+    detections: for each image (n, ≥3) x, y, score, …. truths: for each image (m, ≥2) x, y, … px.
     Detections are pooled over images, best score first; one may match only the truth nearest to
     it, at a distance ≤ threshold, if no better one took that truth. AP is the area under the
     precision-recall curve with precision made monotone. Equal scores enter the curve together, so
@@ -64,7 +64,7 @@ def nearest_truth(
     if np.isnan(padded).any():
         raise ValueError("truths hold NaN; leave padding out")
     image = np.repeat(np.arange(len(detections)), [len(d) for d in detections])
-    rows = [np.asarray(d, dtype=np.float64).reshape(-1, 3) for d in detections]
+    rows = [np.asarray(d, dtype=np.float64)[:, :3] for d in detections if len(d)]
     pooled = np.concatenate(rows) if rows else np.empty((0, 3))
     if not np.isfinite(pooled).all():
         raise ValueError("detections hold values that are not finite")

@@ -39,12 +39,12 @@ class Focus(UnmixingNetwork):
         coarse = self.activation(self.upscale(patch_BHW[:, None]))
         return (coarse + self.sharpen(coarse))[:, 0]
 
-    def loss(self, patch_BHW: Tensor, map_BHW: Tensor) -> Tensor:
+    def loss(self, patch_BHW: Tensor, truth: Tensor) -> Tensor:
         """MSE + 0.1 |Σs − Σz| + 0.01 mean|s| of counts, divided by 255² as all losses here are."""
         result = self(patch_BHW)
         signal = (result.sum(dim=(1, 2)) - patch_BHW.sum(dim=(1, 2))).abs().mean()
         sparsity = result.abs().mean()
-        error = (result - map_BHW).square().mean()
+        error = (result - truth).square().mean()
         return error + (0.1 * signal + 0.01 * sparsity) / FULL_SCALE
 
 

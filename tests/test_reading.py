@@ -1,0 +1,104 @@
+"""From maps to detections: cells of a grid, and targets that cells off the grid speak of."""
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from pipeline.physics.cell_targets import MAX_TARGETS, read_cell_targets
+from trainer.reading import expected_hits, read_maps
+
+UNITS = np.array([100.0, 1.0, 200.0])
+
+
+def said(batch=1, cells=33):
+    """Maps in which no cell speaks of a target; every cell points at pixel (0, 0)."""
+    maps = np.zeros((batch, 7, cells, cells), np.float32)
+    maps[:, 4:] = 0.01
+    return maps
+
+
+def say(maps, image, cell, p, x, y, intensity=1.0, sigma=0.02):
+    maps[image, :, cell[0], cell[1]] = [p, x, y, intensity, sigma, sigma, 0.05]
+
+
+def test_cells_of_a_grid_are_detections_in_pixels_and_counts():
+    maps = np.zeros((3, 33, 33), np.float32)
+    maps[0, 3, 7] = 0.5  # row 3 = pixel 1, first cell; column 7 = pixel 2, middle cell
+    maps[2, 0, 0] = 0.19
+    maps[2, 32, 32] = 1.0
+    rows = read_maps(maps, UNITS, "intensity-map", 3, 0.2)
+    assert_allclose(rows[0], [[2.0, 1.0 - 1 / 3, 50.0, 50.0]])
+    assert rows[1].shape == (0, 4)
+    assert_allclose(rows[2], [[10 + 1 / 3, 10 + 1 / 3, 200.0, 200.0]])
+
+
+def test_a_sure_cell_is_a_target_where_it_says():
+    maps = said(3)
+    say(maps, 0, (16, 16), 0.99, 5.03, 4.97, intensity=0.9)
+    say(maps, 2, (16, 13), 0.98, 4.1, 5.2)
+    say(maps, 2, (16, 16), 0.97, 5.1, 5.2)
+    found = read_cell_targets(maps, 3)
+    assert_array_equal(found.image, [0, 2, 2])
+    assert_allclose(found.xy_px, [[5.03, 4.97], [4.1, 5.2], [5.1, 5.2]], atol=1e-6)
+    assert_allclose(found.p_exist, [0.99, 0.98, 0.97], atol=1e-6)
+    assert_allclose(found.variance_px2, 0.02**2, rtol=1e-5)
+    rows = read_maps(maps, UNITS, "cell-targets", 3, 0.2)
+    assert [len(part) for part in rows] == [1, 0, 2]
+    assert rows[0][0, 3] == pytest.approx(90.0) and rows[2][0, 3] == pytest.approx(200.0)
+
+
+def test_a_target_between_cells_is_one_target_with_their_spread():
+    maps = said()
+    say(maps, 0, (16, 16), 0.6, 5.10, 5.0, intensity=1.0, sigma=0.03)
+    say(maps, 0, (16, 17), 0.4, 5.20, 5.0, intensity=0.8, sigma=0.03)
+    found = read_cell_targets(maps, 3)
+    assert_allclose(found.xy_px, [[5.14, 5.0]], atol=1e-6)
+    assert_allclose(found.intensity, [0.92], rtol=1e-5)
+    assert_allclose(found.p_exist, [1.0], rtol=1e-5)
+    across = 0.6 * 0.04**2 + 0.4 * 0.06**2
+    assert_allclose(found.variance_px2, [0.03**2 + across / 2], rtol=1e-4)
+
+
+def test_two_targets_share_the_cell_between_them():
+    maps = said()
+    say(maps, 0, (16, 15), 0.7, 4.80, 5.0)
+    say(maps, 0, (16, 16), 0.6, 5.00, 5.0)
+    say(maps, 0, (16, 18), 0.7, 5.25, 5.0)
+    found = read_cell_targets(maps, 3)
+    assert len(found.image) == 2
+    assert_allclose(np.sort(found.p_exist), [1.0, 1.0], atol=1e-6)
+    assert found.xy_px[:, 0].min() < 4.9 and found.xy_px[:, 0].max() > 5.1
+
+
+@pytest.mark.parametrize(("p", "number"), [(0.45, 0), (0.55, 1)])
+def test_as_many_targets_as_the_probabilities_add_up_to(p, number):
+    maps = said()
+    say(maps, 0, (10, 10), p, 3.0, 3.0)
+    assert len(read_cell_targets(maps, 3).image) == number
+
+
+def test_senseless_maps_give_a_bounded_number_of_targets():
+    maps = said(2)
+    maps[1, 0] = 1.0
+    found = read_cell_targets(maps, 3)
+    assert len(found.image) == MAX_TARGETS and set(found.image) == {1}
+    assert np.isfinite(found.xy_px).all()
+    assert len(read_cell_targets(maps[:0], 3).image) == 0
+
+
+def test_patches_do_not_mix(rng):
+    maps = said(6)
+    maps[:, 0] = rng.random((6, 33, 33)) ** 200
+    maps[:, 1:3] = rng.uniform(4.0, 6.0, (6, 2, 33, 33))
+    whole = read_cell_targets(maps, 3)
+    for image in range(6):
+        alone, here = read_cell_targets(maps[image : image + 1], 3), whole.image == image
+        assert_allclose(whole.xy_px[here], alone.xy_px)
+        assert_allclose(whole.p_exist[here], alone.p_exist)
+
+
+def test_expected_hits_are_those_of_gaussian_errors(rng):
+    error = rng.normal(0.0, 0.1, (200_000, 2))
+    distance = np.hypot(*error.T)
+    share = np.mean([np.mean(distance <= t) for t in (0.05, 0.10, 0.15, 0.20, 0.25)])
+    assert_allclose(expected_hits(np.array([0.01, 0.0])), [share, 1.0], atol=3e-3)
