@@ -105,7 +105,8 @@ class Unmixed:
     xy_px: NDArray[np.float64]  # (M, 2)
     intensity: NDArray[np.float64]  # (M,) counts
     refined: NDArray[np.bool_]  # (M,) fitted to the counts, no longer on the network's grid
-    cell_px: float  # side of that grid's cells
+    p_exist: NDArray[np.float64]  # (M,) as the network says; NaN: it does not
+    variance_px2: NDArray[np.float64]  # (M,) of the position, on top of the bound, 0 once fitted
     engine: str  # hash of the engine that found them
     source: str  # name of the method the positions come from
 

@@ -44,7 +44,8 @@ def unmixed() -> Unmixed:
         xy_px=np.array([[1.5, 2.5], [3.0, 4.0]]),
         intensity=np.array([10.0, 20.0]),
         refined=np.array([True, False]),
-        cell_px=1 / 3,
+        p_exist=np.array([1.0, 0.9]),
+        variance_px2=np.array([0.0, 1 / 108]),
         engine="abc",
         source="net",
     )

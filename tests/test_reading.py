@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from pipeline.physics.cell_targets import MAX_TARGETS, read_cell_targets
+from pipeline.physics.cell_targets import SPEAKING, read_cell_targets
 from trainer.reading import expected_hits, read_maps
 
 UNITS = np.array([100.0, 1.0, 200.0])
@@ -27,9 +27,9 @@ def test_cells_of_a_grid_are_detections_in_pixels_and_counts():
     maps[2, 0, 0] = 0.19
     maps[2, 32, 32] = 1.0
     rows = read_maps(maps, UNITS, "intensity-map", 3, 0.2)
-    assert_allclose(rows[0], [[2.0, 1.0 - 1 / 3, 50.0, 50.0]])
-    assert rows[1].shape == (0, 4)
-    assert_allclose(rows[2], [[10 + 1 / 3, 10 + 1 / 3, 200.0, 200.0]])
+    assert_allclose(rows[0], [[2.0, 1.0 - 1 / 3, 50.0, 1 / 108, 50.0]])
+    assert rows[1].shape == (0, 5)
+    assert_allclose(rows[2], [[10 + 1 / 3, 10 + 1 / 3, 200.0, 1 / 108, 200.0]])
 
 
 def test_a_sure_cell_is_a_target_where_it_says():
@@ -44,7 +44,7 @@ def test_a_sure_cell_is_a_target_where_it_says():
     assert_allclose(found.variance_px2, 0.02**2, rtol=1e-5)
     rows = read_maps(maps, UNITS, "cell-targets", 3, 0.2)
     assert [len(part) for part in rows] == [1, 0, 2]
-    assert rows[0][0, 3] == pytest.approx(90.0) and rows[2][0, 3] == pytest.approx(200.0)
+    assert rows[0][0, 4] == pytest.approx(90.0) and rows[2][0, 4] == pytest.approx(200.0)
 
 
 def test_a_target_between_cells_is_one_target_with_their_spread():
@@ -81,7 +81,7 @@ def test_senseless_maps_give_a_bounded_number_of_targets():
     maps = said(2)
     maps[1, 0] = 1.0
     found = read_cell_targets(maps, 3)
-    assert len(found.image) == MAX_TARGETS and set(found.image) == {1}
+    assert len(found.image) == SPEAKING and set(found.image) == {1}
     assert np.isfinite(found.xy_px).all()
     assert len(read_cell_targets(maps[:0], 3).image) == 0
 

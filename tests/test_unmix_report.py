@@ -113,6 +113,32 @@ def test_counts_and_frame_coordinates_survive_the_network_units(scaling):
     assert_allclose(engine.seen[0], signal / unit, rtol=1e-6)
 
 
+def test_a_network_off_the_grid_says_where_how_sure_and_how_well():
+    patches, _ = scene([[(5.04, 4.9, 2000.0)], [(5.3, 5.1, 1500.0), (4.8, 5.1, 1000.0)]])
+    said = np.zeros((2, 7, 33, 33))
+    said[0, :, 16, 16] = [0.9, 5.04, 4.9, 2000.0, 0.03, 0.05, 10.0]
+    said[1, :, 16, 17] = [0.95, 5.3, 5.1, 1500.0, 0.06, 0.06, 10.0]
+    said[1, :, 16, 15] = [0.85, 4.8, 5.1, 1000.0, 0.06, 0.06, 10.0]
+    said[:, 3] /= SENSOR.full_scale
+    engine = PerfectEngine(said, "full_scale")
+    engine.manifest = engine.manifest.model_copy(update={"output": "cell-targets"})
+    engine.map_BHW, engine.unit = said.astype(np.float32), 1.0
+    engine.manifest = engine.manifest.model_copy(update={"scaling": "peak"})
+    unmixed = Unmix(Unmix.Config(), SENSOR, engine).process(patches)
+    assert unmixed.patch.tolist() == [0, 1, 1]
+    assert_allclose(unmixed.xy_px, [[5.04, 54.9], [105.3, 55.1], [104.8, 55.1]], atol=1e-6)
+    assert_allclose(unmixed.p_exist, [0.9, 0.95, 0.85], rtol=1e-6)
+    report = Report(Report.Config(min_snr=0.0), SENSOR).process(unmixed)
+    assert_allclose(report.p_exist, [0.9, 0.95, 0.85], rtol=1e-3)
+    assert_allclose(report.count_posterior[0, :2], [0.1, 0.9], atol=1e-3)
+    alone = Report(Report.Config(min_snr=0.0), SENSOR).process(
+        replace(unmixed, variance_px2=np.zeros(3))
+    )
+    assert_allclose(
+        report.cov_px2[:, 0] - alone.cov_px2[:, 0], [(0.03**2 + 0.05**2) / 2, 0.06**2, 0.06**2]
+    )
+
+
 def test_unusable_pixels_are_shown_as_background():
     patches, truth = scene(GROUPS[:1])
     patches.counts_BHW[0, 2, 2] = 16000.0
@@ -183,7 +209,8 @@ def unmixed_from(groups) -> Unmixed:
         xy_px=table[:, 1:3],
         intensity=table[:, 3],
         refined=np.zeros(len(table), dtype=np.bool_),
-        cell_px=1 / 3,
+        p_exist=np.full(len(table), np.nan),
+        variance_px2=np.full(len(table), (1 / 3) ** 2 / 12),
         engine="abc",
         source="perfect",
     )

@@ -15,7 +15,7 @@ from engines.base import Engine
 from engines.manifest import Manifest
 from pipeline.formats.csist import CsistDataset
 from pipeline.physics.fit import Window
-from pipeline.physics.grid import cell_variance_px2, target_map
+from pipeline.physics.grid import target_map
 from pipeline.physics.groups import MAX_TARGETS
 from pipeline.physics.select import Candidates, refine
 from pipeline.physics.sensor import Sensor
@@ -43,7 +43,7 @@ _PATCHES_AT_ONCE = 256
 class Unmixed:
     """What an engine made of the images of a dataset."""
 
-    found: list[Detections]  # for each image (n, 4): x px, y px, score, intensity counts
+    found: list[Detections]  # for each image, see `trainer.reading`
     refined: bool
     psnr_db: NDArray[np.float64]  # (N,) of maps of intensity against the true ones, else NaN
     ssim: NDArray[np.float64]  # (N,)
@@ -73,14 +73,13 @@ def figures(dataset: CsistDataset, manifest: Manifest, unmixed: Unmixed) -> dict
     crb_px_by_count: by number of targets. Unlike rmse_px it is not cut off at 0.5 px.
     intensity_rmse_relative: of the matched. nees: mean per dimension of their position errors,
     with the covariance the pipeline publishes: the bound at the estimated group plus, unless
-    refined, the variance within a grid cell. patches_per_s: of the network and, if refined, the
-    fit.
+    fitted, the variance of the grid's cell or what the network says. patches_per_s: of the
+    network and, if refined, the fit.
     """
     found, true = unmixed.found, dataset.truths()
     scored = cso_map(found, true)
     matched, error = matched_errors(found, true)
     bounds = _bounds_by_count(dataset, true)
-    cell_px = 0.0 if unmixed.refined else 1.0 / manifest.c
     values = {
         "engine": manifest.name,
         "refined": unmixed.refined,
@@ -106,7 +105,7 @@ def figures(dataset: CsistDataset, manifest: Manifest, unmixed: Unmixed) -> dict
         "crb_px": _median(np.concatenate(list(bounds.values()) or [np.empty(0)])),
         "crb_px_by_count": {str(count): _median(rms) for count, rms in bounds.items()},
         "intensity_rmse_relative": _rms(error[:, 2]),
-        "nees": _nees(dataset, found, matched, error, cell_px),
+        "nees": _nees(dataset, found, matched, error),
         "patches_per_s": len(dataset) / unmixed.seconds,
     }
     return {key: _finite(value) for key, value in values.items()}
@@ -182,17 +181,17 @@ def _refined(
     """
     patch = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     table = np.concatenate(rows)
-    start = Candidates(patch, table[:, :2], table[:, 3], np.zeros(len(patch), dtype=np.bool_))
+    start = Candidates(patch, table[:, :2], table[:, 4], np.zeros(len(patch), dtype=np.bool_))
     usable = np.ones(counts_BHW.shape, dtype=np.bool_)
     window = Window(counts_BHW.astype(np.float64), background_BHW.astype(np.float64), usable)
     found = refine(window, start, sensor)
-    table = np.column_stack([found.xy_px, found.intensity, found.intensity])
-    estimate = by_image(found.patch, len(rows), table)
+    estimate = by_image(found.patch, len(rows), found.xy_px, found.intensity)
     background = float(background_BHW.mean())
-    bounds = group_bounds(estimate, sensor, counts_BHW.shape[1], background)
-    variance = [np.trace(bound, axis1=1, axis2=2) / 2.0 for bound in bounds]
-    table[:, 2] = expected_hits(np.concatenate(variance))
-    return by_image(found.patch, len(rows), table)
+    bounds = np.concatenate(group_bounds(estimate, sensor, counts_BHW.shape[1], background))
+    added = np.zeros(len(found.patch))
+    added[~found.refined] = table[~np.isin(patch, found.patch[found.refined]), 3]
+    score = expected_hits(np.trace(bounds, axis1=1, axis2=2) / 2.0 + added)
+    return by_image(found.patch, len(rows), found.xy_px, score, added, found.intensity)
 
 
 def _bounds_by_count(
@@ -212,9 +211,8 @@ def _nees(
     found: list[NDArray[np.float64]],
     matched: NDArray[np.int64],
     error: NDArray[np.float64],
-    cell_px: float,
 ) -> float:
-    """With the covariance that the pipeline publishes for a grid engine: bound + cell²/12.
+    """With the covariance that the pipeline publishes: the bound + what the method adds.
 
     Over the images with at most twice as many detections as there can be targets: with more, the
     bound says nothing but costs a lot.
@@ -222,9 +220,10 @@ def _nees(
     sane = [rows if len(rows) <= 2 * MAX_TARGETS else rows[:0] for rows in found]
     bounds = group_bounds(sane, dataset.sensor, dataset.image.shape[1], dataset.background)
     kept = np.array([len(bounds[image]) > 0 for image, _ in matched], dtype=bool)
-    covariance = [bounds[image][row] for image, row in matched[kept]]
-    cell = cell_variance_px2(cell_px) * np.eye(2)
-    return nees(error[kept, :2], np.reshape(covariance, (-1, 2, 2)) + cell)
+    covariance = [
+        bounds[image][row] + found[image][row, 3] * np.eye(2) for image, row in matched[kept]
+    ]
+    return nees(error[kept, :2], np.reshape(covariance, (-1, 2, 2)))
 
 
 def _rms(values: NDArray[np.float64]) -> float:

@@ -1,8 +1,8 @@
 """From a network's maps to detections, by what the network answers.
 
-Detections of an image are (n, 4): x px, y px, score, intensity counts, best score where the
-system is surest. On the grid the score is the intensity, as published; off it, how many of the
-metric's thresholds the detection is expected to meet.
+Detections of an image are (n, 5): x px, y px, score, variance of the position px², intensity
+counts; the best score is where the system is surest. On the grid the score is the intensity, as
+published; off it, how many of the metric's thresholds the detection is expected to meet.
 """
 
 from collections.abc import Sequence
@@ -31,12 +31,13 @@ def read_maps(
     """
     if output == "intensity-map":
         peaks = grid_detections(maps, c, threshold)
-        intensity = peaks.value * unit_B[peaks.image]
-        return by_image(peaks.image, len(maps), peaks.xy_px, intensity, intensity)
-    found = read_cell_targets(maps, c)
-    score = found.p_exist * expected_hits(found.variance_px2)
-    intensity = found.intensity * unit_B[found.image]
-    return by_image(found.image, len(maps), found.xy_px, score, intensity)
+        score = peaks.intensity * unit_B[peaks.image]
+    else:
+        peaks = read_cell_targets(maps, c)
+        score = peaks.p_exist * expected_hits(peaks.variance_px2)
+    intensity = peaks.intensity * unit_B[peaks.image]
+    columns = (peaks.xy_px, score, peaks.variance_px2, intensity)
+    return by_image(peaks.image, len(maps), *columns)
 
 
 def by_image(

@@ -5,10 +5,10 @@ so, its x and y in px, its intensity, and the standard deviations of these three
 cell is uncertain has its probability spread over several; what belongs together is gathered here.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.physics.grid import Peaks
 
 Vector = NDArray[np.float64]
 
@@ -16,23 +16,10 @@ REACH_CELLS = 0.9
 """Cells that say a target at most so far apart speak of the same one."""
 
 SPEAKING = 32
-"""Cells of a patch that are heard, those of the highest probability."""
-
-MAX_TARGETS = 16
-"""Of a patch; over three times what a group is trained to hold."""
+"""Cells of a patch that are heard, those of the highest probability: so many targets at most."""
 
 
-class CellTargets(NamedTuple):
-    """Targets of many patches, in the order of the patches."""
-
-    image: NDArray[np.int64]  # (N,)
-    xy_px: Vector  # (N, 2)
-    intensity: Vector  # (N,) network units
-    p_exist: Vector  # (N,)
-    variance_px2: Vector  # (N,) of the position, mean of both axes, spread over cells included
-
-
-def read_cell_targets(map_BCHW: NDArray[np.floating], c: int) -> CellTargets:
+def read_cell_targets(map_BCHW: NDArray[np.floating], c: int) -> Peaks:
     """As many targets in each patch as its probabilities add up to, rounded.
 
     The most probable cell first: it and its nearest within REACH_CELLS, until their probabilities
@@ -40,12 +27,12 @@ def read_cell_targets(map_BCHW: NDArray[np.floating], c: int) -> CellTargets:
     """
     batch = len(map_BCHW)
     flat = map_BCHW.reshape(batch, 7, map_BCHW.shape[2] * map_BCHW.shape[3])
-    number = np.clip(np.rint(flat[:, 0].sum(axis=1)), 0, MAX_TARGETS).astype(np.int64)
     heard = min(SPEAKING, flat.shape[2])
+    number = np.clip(np.rint(flat[:, 0].sum(axis=1)), 0, heard).astype(np.int64)
     loudest = np.argpartition(flat[:, 0], -heard, axis=1)[:, -heard:]
     cells = np.take_along_axis(flat, loudest[:, None], axis=2).astype(np.float64)  # (B, 7, M)
     left = np.clip(cells[:, 0], 0.0, 1.0)
-    parts: list[CellTargets] = []
+    parts: list[Peaks] = []
     for rank in range(int(number.max(initial=0))):
         row = np.flatnonzero(number > rank)
         weight = _gathered(left[row], cells[row, 1:3], REACH_CELLS / c)
@@ -53,12 +40,8 @@ def read_cell_targets(map_BCHW: NDArray[np.floating], c: int) -> CellTargets:
         parts.append(_mean(row, weight, cells[row]))
     if not parts:
         parts = [_mean(number[:0], left[:0], cells[:0])]
-    order = np.argsort(np.concatenate([part.image for part in parts]), kind="stable")
-    joined = {
-        name: np.concatenate([getattr(part, name) for part in parts])[order]
-        for name in CellTargets._fields
-    }
-    return CellTargets(**joined)
+    joined = Peaks(*map(np.concatenate, zip(*parts, strict=True)))
+    return joined.take(np.argsort(joined.image, kind="stable"))
 
 
 def _gathered(left: Vector, xy_px: Vector, reach_px: float) -> Vector:
@@ -76,7 +59,7 @@ def _gathered(left: Vector, xy_px: Vector, reach_px: float) -> Vector:
     return taken
 
 
-def _mean(row: NDArray[np.int64], weight: Vector, cells: Vector) -> CellTargets:
+def _mean(row: NDArray[np.int64], weight: Vector, cells: Vector) -> Peaks:
     """One target for each patch from its cells (B, 7, M) and their weights (B, M)."""
     total = weight.sum(axis=1)
     share = weight / np.maximum(total, 1e-12)[:, None]
@@ -85,4 +68,4 @@ def _mean(row: NDArray[np.int64], weight: Vector, cells: Vector) -> CellTargets:
         np.sum(share * (cells[:, k + 3] ** 2 + (cells[:, k] - mean[:, None]) ** 2), axis=1)
         for k, mean in ((1, x), (2, y))
     ]
-    return CellTargets(row, np.stack([x, y], axis=1), intensity, total, np.mean(spread, axis=0))
+    return Peaks(row, np.stack([x, y], axis=1), intensity, total, total, np.mean(spread, axis=0))

@@ -59,12 +59,32 @@ def target_map(xy_px: Array, intensity: Array, size: int, c: int) -> Array:
 
 
 class Peaks(NamedTuple):
-    """Candidates read off maps: which map, position in px, summed intensity, value of the cell."""
+    """Candidates read off maps, neighbours if of one map."""
 
-    image: NDArray[np.int64]  # (N,)
+    image: NDArray[np.int64]  # (N,) which map
     xy_px: NDArray[np.float64]  # (N, 2)
-    intensity: NDArray[np.float64]  # (N,)
-    value: NDArray[np.float64]  # (N,)
+    intensity: NDArray[np.float64]  # (N,) summed
+    value: NDArray[np.float64]  # (N,) of the cell; the stronger the surer
+    p_exist: NDArray[np.float64]  # (N,) NaN where the network does not say
+    variance_px2: NDArray[np.float64]  # (N,) of the position along an axis, as far as it says
+
+    @classmethod
+    def on_grid(
+        cls,
+        image: NDArray[np.int64],
+        xy_px: NDArray[np.float64],
+        intensity: NDArray[np.float64],
+        value: NDArray[np.float64],
+        c: int,
+    ) -> "Peaks":
+        """Of a map that says no more than the cell."""
+        unsaid = np.full(len(image), np.nan)
+        variance_px2 = np.full(len(image), cell_variance_px2(1.0 / c))
+        return cls(image, xy_px, intensity, value, unsaid, variance_px2)
+
+    def take(self, rows: NDArray[np.int64]) -> "Peaks":
+        """Some of them."""
+        return self._replace(**{name: getattr(self, name)[rows] for name in self._fields})
 
 
 def grid_detections(map_BHW: NDArray[np.floating], c: int, threshold: float) -> Peaks:
@@ -76,7 +96,7 @@ def grid_detections(map_BHW: NDArray[np.floating], c: int, threshold: float) -> 
     value = map_BHW[index, row, column].astype(np.float64)
     centres = cell_centres_px(map_BHW.shape[1] // c, c)
     xy_px = np.stack([centres[column], centres[row]], axis=1)
-    return Peaks(index, xy_px, value.copy(), value)
+    return Peaks.on_grid(index, xy_px, value.copy(), value, c)
 
 
 def local_maxima(
@@ -114,4 +134,4 @@ def local_maxima(
         for weight in (None, centres_x, centres_y)
     )
     xy_px = np.stack([moment_x, moment_y], axis=1) / gathered[:, None]
-    return Peaks(index, xy_px, gathered, values[here])
+    return Peaks.on_grid(index, xy_px, gathered, values[here], c)

@@ -41,8 +41,16 @@ class Refine(Stage[Unmixed, Unmixed]):
         )
         settings = self._config
         found = refine(window, candidates, self._sensor, settings.penalty, settings.additions)
+        # What the network said holds for the groups that were given back as they were.
+        given_back = ~np.isin(message.patch, found.patch[found.refined])
+        p_exist = np.full(len(found.patch), np.nan)
+        variance_px2 = np.zeros(len(found.patch))
+        p_exist[~found.refined] = message.p_exist[given_back]
+        variance_px2[~found.refined] = message.variance_px2[given_back]
         return replace(
             message,
+            p_exist=p_exist,
+            variance_px2=variance_px2,
             patch=found.patch.astype(np.int32),
             xy_px=found.xy_px + patches.origin_px[found.patch],
             intensity=found.intensity,

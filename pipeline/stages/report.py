@@ -1,8 +1,8 @@
 """Unmixed targets → what is published: significance, a first covariance, counts, flags.
 
 The covariance is the Cramér-Rao bound of the whole group at the estimate, local background
-unknown, plus the variance of a uniform error over the grid cell, cell²/12 along each axis: a
-network that answers in cells knows a position no better than that.
+unknown, plus the variance of what the method says no better: a uniform error over the cell of a
+network that answers in cells, cell²/12 along each axis; what a network off the grid says itself.
 """
 
 import numpy as np
@@ -13,7 +13,6 @@ from scipy.special import ndtr
 from pipeline.component import Settings, Stage
 from pipeline.messages import MAX_COUNT, TargetReport, Unmixed
 from pipeline.physics.bounds import cramer_rao, fisher_information
-from pipeline.physics.grid import cell_variance_px2
 
 Vector = NDArray[np.float64]
 
@@ -33,7 +32,8 @@ class Report(Stage[Unmixed, TargetReport]):
         keep = snr >= self._config.min_snr
         group = patches.group[message.patch[keep]]
         intensity, sigma = message.intensity[keep], intensity_sigma[keep]
-        p_exist = ndtr(intensity / sigma)
+        said = message.p_exist[keep]
+        p_exist = np.where(np.isnan(said), ndtr(intensity / sigma), said)
         return TargetReport(
             info=message.info,
             engine=message.engine,
@@ -78,9 +78,9 @@ class Report(Stage[Unmixed, TargetReport]):
             per_count = information[:, of + 2, of + 2]
             snr[rows] = message.intensity[rows] * np.sqrt(per_count)
             sigma[rows] = np.sqrt(bound[:, of + 2, of + 2])
-            cell = np.where(message.refined[rows], 0.0, cell_variance_px2(message.cell_px))
+            own = message.variance_px2[rows]
             cov[rows] = np.stack(
-                [bound[:, of, of] + cell, bound[:, of, of + 1], bound[:, of + 1, of + 1] + cell],
+                [bound[:, of, of] + own, bound[:, of, of + 1], bound[:, of + 1, of + 1] + own],
                 axis=-1,
             )
         return snr, cov, sigma

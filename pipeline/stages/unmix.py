@@ -1,4 +1,4 @@
-"""Patches → targets: counts to network units, the engine, and the peaks of its maps."""
+"""Patches → targets: counts to network units, the engine, and what its maps say."""
 
 from dataclasses import replace
 from typing import Self
@@ -6,11 +6,12 @@ from typing import Self
 import numpy as np
 from pydantic import Field
 
-from engines.base import Engine, Options
+from engines.base import Engine, Maps, Options
 from engines.loader import load
 from engines.scaling import network_unit
 from pipeline.component import Context, Settings, Stage
 from pipeline.messages import Flag, Patches, Unmixed
+from pipeline.physics.cell_targets import read_cell_targets
 from pipeline.physics.grid import Peaks, local_maxima
 from pipeline.physics.sensor import Sensor
 
@@ -24,6 +25,8 @@ class Unmix(Stage[Patches, Unmixed]):
 
     class Config(Settings):
         """threshold (network units), separate: see `local_maxima`; None = the engine's own.
+
+        They are for engines that answer on the grid.
 
         threads: of one process, None = all cores; with several replicas, share the cores out.
         """
@@ -54,7 +57,7 @@ class Unmix(Stage[Patches, Unmixed]):
         signal = signal.astype(np.float32)
         unit = network_unit(signal, manifest.scaling, self._sensor.full_scale)
         maps = self._engine.infer(signal / unit[:, None, None])
-        peaks = local_maxima(maps, manifest.c, self._threshold, separate=self._separate)
+        peaks = self._read(maps)
         number = np.bincount(peaks.image, minlength=len(maps))
         if (number > MAX_PEAKS).any():
             peaks = strongest(peaks, MAX_PEAKS)
@@ -67,10 +70,17 @@ class Unmix(Stage[Patches, Unmixed]):
             xy_px=peaks.xy_px + message.origin_px[peaks.image],
             intensity=peaks.intensity * unit[peaks.image],
             refined=np.zeros(len(peaks.image), dtype=np.bool_),
-            cell_px=1.0 / manifest.c,
+            p_exist=peaks.p_exist,
+            variance_px2=peaks.variance_px2,
             engine=manifest.onnx_sha256[:12],
             source=manifest.name,
         )
+
+    def _read(self, maps: Maps) -> Peaks:
+        manifest = self._engine.manifest
+        if manifest.output == "cell-targets":
+            return read_cell_targets(maps, manifest.c)
+        return local_maxima(maps, manifest.c, self._threshold, separate=self._separate)
 
     def close(self) -> None:
         """Release the engine."""
@@ -78,11 +88,7 @@ class Unmix(Stage[Patches, Unmixed]):
 
 
 def strongest(peaks: Peaks, number: int) -> Peaks:
-    """At most `number` peaks of each image, those of the largest value, in the order they had.
-
-    Peaks of one image are neighbours, as `local_maxima` gives them.
-    """
+    """At most `number` peaks of each image, those of the largest value, in the order they had."""
     order = np.lexsort((-peaks.value, peaks.image))
     rank = np.arange(len(order)) - np.searchsorted(peaks.image, peaks.image)
-    keep = np.sort(order[rank < number])
-    return Peaks(peaks.image[keep], peaks.xy_px[keep], peaks.intensity[keep], peaks.value[keep])
+    return peaks.take(np.sort(order[rank < number]))
