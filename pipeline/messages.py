@@ -105,8 +105,10 @@ class Unmixed:
     xy_px: NDArray[np.float64]  # (M, 2)
     intensity: NDArray[np.float64]  # (M,) counts
     refined: NDArray[np.bool_]  # (M,) fitted to the counts, no longer on the network's grid
-    p_exist: NDArray[np.float64]  # (M,) as the network says; NaN: it does not
-    variance_px2: NDArray[np.float64]  # (M,) of the position, on top of the bound, 0 once fitted
+    p_exist: NDArray[np.float64]  # (M,) this and the next two: NaN where the method does not say
+    cov_px2: NDArray[np.float64]  # (M, 3) xx, xy, yy
+    intensity_sigma: NDArray[np.float64]  # (M,) counts
+    cell_px: float  # what a position is good for where there is no covariance
     engine: str  # hash of the engine that found them
     source: str  # name of the method the positions come from
 

@@ -45,7 +45,9 @@ def unmixed() -> Unmixed:
         intensity=np.array([10.0, 20.0]),
         refined=np.array([True, False]),
         p_exist=np.array([1.0, 0.9]),
-        variance_px2=np.array([0.0, 1 / 108]),
+        cov_px2=np.array([[0.01, 0.0, 0.02], [np.nan] * 3]),
+        intensity_sigma=np.array([2.0, np.nan]),
+        cell_px=1 / 3,
         engine="abc",
         source="net",
     )
@@ -53,7 +55,8 @@ def unmixed() -> Unmixed:
 
 def same(left, right) -> bool:
     if isinstance(left, np.ndarray):
-        return left.dtype == right.dtype and np.array_equal(left, right)
+        nan = left.dtype.kind == "f"
+        return left.dtype == right.dtype and np.array_equal(left, right, equal_nan=nan)
     if dataclasses.is_dataclass(left):
         names = [field.name for field in dataclasses.fields(left)]
         return type(left) is type(right) and all(

@@ -5,7 +5,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from pipeline.physics.cell_targets import SPEAKING, read_cell_targets
-from trainer.reading import expected_hits, read_maps
+from trainer.reading import detections, expected_hits, read_maps
 
 UNITS = np.array([100.0, 1.0, 200.0])
 
@@ -26,10 +26,10 @@ def test_cells_of_a_grid_are_detections_in_pixels_and_counts():
     maps[0, 3, 7] = 0.5  # row 3 = pixel 1, first cell; column 7 = pixel 2, middle cell
     maps[2, 0, 0] = 0.19
     maps[2, 32, 32] = 1.0
-    rows = read_maps(maps, UNITS, "intensity-map", 3, 0.2)
-    assert_allclose(rows[0], [[2.0, 1.0 - 1 / 3, 50.0, 1 / 108, 50.0]])
-    assert rows[1].shape == (0, 5)
-    assert_allclose(rows[2], [[10 + 1 / 3, 10 + 1 / 3, 200.0, 1 / 108, 200.0]])
+    rows = detections(read_maps(maps, UNITS, "intensity-map", 3, 0.2), 3)
+    assert_allclose(rows[0], [[2.0, 1.0 - 1 / 3, 50.0, *[np.nan] * 3, 50.0]])
+    assert rows[1].shape == (0, 7)
+    assert_allclose(rows[2], [[10 + 1 / 3, 10 + 1 / 3, 200.0, *[np.nan] * 3, 200.0]])
 
 
 def test_a_sure_cell_is_a_target_where_it_says():
@@ -41,10 +41,11 @@ def test_a_sure_cell_is_a_target_where_it_says():
     assert_array_equal(found.image, [0, 2, 2])
     assert_allclose(found.xy_px, [[5.03, 4.97], [4.1, 5.2], [5.1, 5.2]], atol=1e-6)
     assert_allclose(found.p_exist, [0.99, 0.98, 0.97], atol=1e-6)
-    assert_allclose(found.variance_px2, 0.02**2, rtol=1e-5)
-    rows = read_maps(maps, UNITS, "cell-targets", 3, 0.2)
+    assert_allclose(found.cov_px2, [[0.02**2, 0, 0.02**2]] * 3, rtol=1e-5, atol=1e-12)
+    assert_allclose(found.intensity_sigma, 0.05, rtol=1e-6)
+    rows = detections(read_maps(maps, UNITS, "cell-targets", 3, 0.2), 3)
     assert [len(part) for part in rows] == [1, 0, 2]
-    assert rows[0][0, 4] == pytest.approx(90.0) and rows[2][0, 4] == pytest.approx(200.0)
+    assert rows[0][0, 6] == pytest.approx(90.0) and rows[2][0, 6] == pytest.approx(200.0)
 
 
 def test_a_target_between_cells_is_one_target_with_their_spread():
@@ -56,7 +57,7 @@ def test_a_target_between_cells_is_one_target_with_their_spread():
     assert_allclose(found.intensity, [0.92], rtol=1e-5)
     assert_allclose(found.p_exist, [1.0], rtol=1e-5)
     across = 0.6 * 0.04**2 + 0.4 * 0.06**2
-    assert_allclose(found.variance_px2, [0.03**2 + across / 2], rtol=1e-4)
+    assert_allclose(found.cov_px2, [[0.03**2 + across, 0, 0.03**2]], rtol=1e-4, atol=1e-9)
 
 
 def test_two_targets_share_the_cell_between_them():

@@ -119,11 +119,9 @@ def test_a_network_off_the_grid_says_where_how_sure_and_how_well():
     said[0, :, 16, 16] = [0.9, 5.04, 4.9, 2000.0, 0.03, 0.05, 10.0]
     said[1, :, 16, 17] = [0.95, 5.3, 5.1, 1500.0, 0.06, 0.06, 10.0]
     said[1, :, 16, 15] = [0.85, 4.8, 5.1, 1000.0, 0.06, 0.06, 10.0]
-    said[:, 3] /= SENSOR.full_scale
-    engine = PerfectEngine(said, "full_scale")
+    engine = PerfectEngine(said, "peak")
+    engine.unit = 1.0
     engine.manifest = engine.manifest.model_copy(update={"output": "cell-targets"})
-    engine.map_BHW, engine.unit = said.astype(np.float32), 1.0
-    engine.manifest = engine.manifest.model_copy(update={"scaling": "peak"})
     unmixed = Unmix(Unmix.Config(), SENSOR, engine).process(patches)
     assert unmixed.patch.tolist() == [0, 1, 1]
     assert_allclose(unmixed.xy_px, [[5.04, 54.9], [105.3, 55.1], [104.8, 55.1]], atol=1e-6)
@@ -131,12 +129,9 @@ def test_a_network_off_the_grid_says_where_how_sure_and_how_well():
     report = Report(Report.Config(min_snr=0.0), SENSOR).process(unmixed)
     assert_allclose(report.p_exist, [0.9, 0.95, 0.85], rtol=1e-3)
     assert_allclose(report.count_posterior[0, :2], [0.1, 0.9], atol=1e-3)
-    alone = Report(Report.Config(min_snr=0.0), SENSOR).process(
-        replace(unmixed, variance_px2=np.zeros(3))
-    )
-    assert_allclose(
-        report.cov_px2[:, 0] - alone.cov_px2[:, 0], [(0.03**2 + 0.05**2) / 2, 0.06**2, 0.06**2]
-    )
+    assert_allclose(report.cov_px2, [[0.0009, 0, 0.0025], [0.0036, 0, 0.0036], [0.0036, 0, 0.0036]])
+    peak = (patches.counts_BHW - patches.background_BHW).max(axis=(1, 2))
+    assert_allclose(report.intensity_sigma, 10.0 * peak[[0, 1, 1]], rtol=1e-5)
 
 
 def test_unusable_pixels_are_shown_as_background():
@@ -210,7 +205,9 @@ def unmixed_from(groups) -> Unmixed:
         intensity=table[:, 3],
         refined=np.zeros(len(table), dtype=np.bool_),
         p_exist=np.full(len(table), np.nan),
-        variance_px2=np.full(len(table), (1 / 3) ** 2 / 12),
+        cov_px2=np.full((len(table), 3), np.nan),
+        intensity_sigma=np.full(len(table), np.nan),
+        cell_px=1 / 3,
         engine="abc",
         source="perfect",
     )

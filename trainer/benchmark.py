@@ -18,7 +18,7 @@ from trainer.evaluate import Progress, figures, true_maps, unmix
 from trainer.fit_config import DETECTION_THRESHOLD
 from trainer.metrics import cso_map, cso_map_difference_interval
 from trainer.network import UnmixingNetwork
-from trainer.reading import Detections, read_maps
+from trainer.reading import Detections, detections, read_maps
 from trainer.trained import BATCH, WEIGHTS, TrainedNetwork, load_solver, load_weights
 
 SEED = 20261122
@@ -192,8 +192,8 @@ def grid_ceiling(dataset: CsistDataset, c: int) -> float:
     full_scale = float(dataset.sensor.full_scale)
     unit = np.full(len(dataset), full_scale)
     maps = true_maps(dataset, slice(None), c, unit).astype(np.float32)
-    found = read_maps(maps, unit, "intensity-map", c, DETECTION_THRESHOLD)
-    return cso_map(found, dataset.truths()).mean
+    read = read_maps(maps, unit, "intensity-map", c, DETECTION_THRESHOLD)
+    return cso_map(detections(read, len(dataset)), dataset.truths()).mean
 
 
 def multiply_adds(network: UnmixingNetwork, patch_BHW: torch.Tensor) -> float:

@@ -15,10 +15,9 @@ from engines.base import Engine
 from engines.manifest import Manifest
 from pipeline.formats.csist import CsistDataset
 from pipeline.physics.fit import Window
-from pipeline.physics.grid import target_map
+from pipeline.physics.grid import cell_variance_px2, target_map
 from pipeline.physics.groups import MAX_TARGETS
-from pipeline.physics.select import Candidates, refine
-from pipeline.physics.sensor import Sensor
+from pipeline.physics.refine import refine
 from trainer.errors import TrainerError
 from trainer.map_quality import psnr_db, ssim
 from trainer.metrics import (
@@ -31,7 +30,7 @@ from trainer.metrics import (
     matched_errors,
     nees,
 )
-from trainer.reading import Detections, by_image, expected_hits, read_maps
+from trainer.reading import Detections, detections, read_maps
 from trainer.units import to_network_units
 
 Progress = Callable[[int], None]
@@ -72,9 +71,9 @@ def figures(dataset: CsistDataset, manifest: Manifest, unmixed: Unmixed) -> dict
     many targets there are: root mean square over an image's targets, median over images;
     crb_px_by_count: by number of targets. Unlike rmse_px it is not cut off at 0.5 px.
     intensity_rmse_relative: of the matched. nees: mean per dimension of their position errors,
-    with the covariance the pipeline publishes: the bound at the estimated group plus, unless
-    fitted, the variance of the grid's cell or what the network says. patches_per_s: of the
-    network and, if refined, the fit.
+    with the covariance the pipeline publishes: that of the fit or the network, or, for a network
+    on the grid, the bound at the estimated group plus the variance within a cell. patches_per_s: of
+    the network and, if refined, the fit.
     """
     found, true = unmixed.found, dataset.truths()
     scored = cso_map(found, true)
@@ -105,7 +104,7 @@ def figures(dataset: CsistDataset, manifest: Manifest, unmixed: Unmixed) -> dict
         "crb_px": _median(np.concatenate(list(bounds.values()) or [np.empty(0)])),
         "crb_px_by_count": {str(count): _median(rms) for count, rms in bounds.items()},
         "intensity_rmse_relative": _rms(error[:, 2]),
-        "nees": _nees(dataset, found, matched, error),
+        "nees": _nees(dataset, found, matched, error, manifest.c),
         "patches_per_s": len(dataset) / unmixed.seconds,
     }
     return {key: _finite(value) for key, value in values.items()}
@@ -145,12 +144,14 @@ def unmix(
         )
         began = time.perf_counter()
         maps = engine.infer(signal)
-        rows = read_maps(maps, unit, manifest.output, manifest.c, manifest.detection_threshold)
+        read = read_maps(maps, unit, manifest.output, manifest.c, manifest.detection_threshold)
         if refined:
-            background = counts - signal * unit[:, None, None]
-            rows = _refined(rows, counts, background, dataset.sensor)
+            background = (counts - signal * unit[:, None, None]).astype(np.float64)
+            usable = np.ones(counts.shape, dtype=np.bool_)
+            window = Window(counts.astype(np.float64), background, usable)
+            read = refine(window, read, dataset.sensor)
         seconds += time.perf_counter() - began
-        found += rows
+        found += detections(read, len(counts))
         if manifest.output == "intensity-map":
             truth = true_maps(dataset, part, manifest.c, unit)
             psnr[part], similarity[part] = psnr_db(maps, truth), ssim(maps, truth)
@@ -167,31 +168,6 @@ def true_maps(
     xy_px = np.nan_to_num(dataset.target_xy_px[part])
     maps: NDArray[np.float64] = target_map(xy_px, intensity, dataset.image.shape[1], c)
     return maps
-
-
-def _refined(
-    rows: list[Detections],
-    counts_BHW: NDArray[np.float32],
-    background_BHW: NDArray[np.float32],
-    sensor: Sensor,
-) -> list[Detections]:
-    """The same lists after the fit; an image without candidates stays without.
-
-    Scores follow from the Cramér–Rao bound at the estimate.
-    """
-    patch = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    table = np.concatenate(rows)
-    start = Candidates(patch, table[:, :2], table[:, 4], np.zeros(len(patch), dtype=np.bool_))
-    usable = np.ones(counts_BHW.shape, dtype=np.bool_)
-    window = Window(counts_BHW.astype(np.float64), background_BHW.astype(np.float64), usable)
-    found = refine(window, start, sensor)
-    estimate = by_image(found.patch, len(rows), found.xy_px, found.intensity)
-    background = float(background_BHW.mean())
-    bounds = np.concatenate(group_bounds(estimate, sensor, counts_BHW.shape[1], background))
-    added = np.zeros(len(found.patch))
-    added[~found.refined] = table[~np.isin(patch, found.patch[found.refined]), 3]
-    score = expected_hits(np.trace(bounds, axis1=1, axis2=2) / 2.0 + added)
-    return by_image(found.patch, len(rows), found.xy_px, score, added, found.intensity)
 
 
 def _bounds_by_count(
@@ -211,19 +187,26 @@ def _nees(
     found: list[NDArray[np.float64]],
     matched: NDArray[np.int64],
     error: NDArray[np.float64],
+    c: int,
 ) -> float:
-    """With the covariance that the pipeline publishes: the bound + what the method adds.
+    """With the covariance that the pipeline publishes: its own, or bound + cell²/12.
 
-    Over the images with at most twice as many detections as there can be targets: with more, the
-    bound says nothing but costs a lot.
+    Bounds are for images with at most twice as many detections as there can be targets: with more,
+    the bound says nothing but costs a lot.
     """
-    sane = [rows if len(rows) <= 2 * MAX_TARGETS else rows[:0] for rows in found]
-    bounds = group_bounds(sane, dataset.sensor, dataset.image.shape[1], dataset.background)
-    kept = np.array([len(bounds[image]) > 0 for image, _ in matched], dtype=bool)
-    covariance = [
-        bounds[image][row] + found[image][row, 3] * np.eye(2) for image, row in matched[kept]
-    ]
-    return nees(error[kept, :2], np.reshape(covariance, (-1, 2, 2)))
+    covariance = np.array([found[image][row, [3, 4, 4, 5]] for image, row in matched])
+    covariance = covariance.reshape(-1, 2, 2)
+    if np.isnan(covariance).any():
+        sane = [rows if len(rows) <= 2 * MAX_TARGETS else rows[:0] for rows in found]
+        bounds = group_bounds(sane, dataset.sensor, dataset.image.shape[1], dataset.background)
+        cell = cell_variance_px2(1.0 / c) * np.eye(2)
+        known = np.full_like(covariance, np.nan)
+        for place, (image, row) in enumerate(matched):
+            if len(bounds[image]) > 0:
+                known[place] = bounds[image][row] + cell
+        covariance = np.where(np.isnan(covariance), known, covariance)
+    kept = ~np.isnan(covariance).any(axis=(1, 2))
+    return nees(error[kept, :2], covariance[kept])
 
 
 def _rms(values: NDArray[np.float64]) -> float:

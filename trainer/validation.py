@@ -8,7 +8,7 @@ from pipeline.physics.groups import Profile, draw_patches
 from trainer.data import TorchRandom
 from trainer.fit_config import DETECTION_THRESHOLD, VALIDATION_SEED
 from trainer.metrics import CsoMap, cso_map
-from trainer.reading import read_maps
+from trainer.reading import detections, read_maps
 from trainer.units import to_network_units
 
 _PATCHES_AT_ONCE = 256
@@ -34,9 +34,9 @@ def held_out_cso_map(
     with torch.no_grad():
         maps = [network(part.to(device)).cpu() for part in signal.split(_PATCHES_AT_ONCE)]
     maps_B = torch.cat(maps).float().numpy()
-    found = read_maps(maps_B, unit.numpy(), output, c, DETECTION_THRESHOLD)
+    read = read_maps(maps_B, unit.numpy(), output, c, DETECTION_THRESHOLD)
     true = [
         xy_px[:count]
         for xy_px, count in zip(groups.xy_px.numpy(), groups.count.tolist(), strict=True)
     ]
-    return cso_map(found, true)
+    return cso_map(detections(read, samples), true)

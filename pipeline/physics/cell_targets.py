@@ -63,9 +63,23 @@ def _mean(row: NDArray[np.int64], weight: Vector, cells: Vector) -> Peaks:
     """One target for each patch from its cells (B, 7, M) and their weights (B, M)."""
     total = weight.sum(axis=1)
     share = weight / np.maximum(total, 1e-12)[:, None]
-    x, y, intensity = (np.sum(share * cells[:, k], axis=1) for k in (1, 2, 3))
-    spread = [
-        np.sum(share * (cells[:, k + 3] ** 2 + (cells[:, k] - mean[:, None]) ** 2), axis=1)
-        for k, mean in ((1, x), (2, y))
-    ]
-    return Peaks(row, np.stack([x, y], axis=1), intensity, total, total, np.mean(spread, axis=0))
+    x, y, intensity = means = [np.sum(share * cells[:, k], axis=1) for k in (1, 2, 3)]
+    dx, dy, di = (cells[:, k] - mean[:, None] for k, mean in enumerate(means, start=1))
+    xx, xy, yy, ii = (
+        np.sum(share * value, axis=1)
+        for value in (
+            cells[:, 4] ** 2 + dx**2,
+            dx * dy,
+            cells[:, 5] ** 2 + dy**2,
+            cells[:, 6] ** 2 + di**2,
+        )
+    )
+    return Peaks(
+        image=row,
+        xy_px=np.stack([x, y], axis=1),
+        intensity=intensity,
+        value=total,
+        p_exist=total,
+        cov_px2=np.stack([xx, xy, yy], axis=1),
+        intensity_sigma=np.sqrt(ii),
+    )

@@ -3,7 +3,8 @@
 Levenberg-Marquardt with Fisher scoring: (J W Jᵀ + λ D) δ = J s, where J are the derivatives of
 the expected counts, W the Fisher information of each (possibly censored) pixel, s the derivative
 of its log-likelihood. Parameters: x, y, intensity of each target, and a constant on top of the
-local background. Numpy, a batch of patches at a time, ragged groups padded and masked.
+local background. What is known of a target beforehand enters as a Gaussian of each parameter.
+Numpy, a batch of patches at a time, ragged groups padded and masked.
 """
 
 from dataclasses import dataclass, replace
@@ -45,15 +46,39 @@ class Groups:
     intensity: Array64  # (B, K) counts
     present: Mask  # (B, K)
     offset: Array64  # (B,) counts on top of the background plane
-    log_likelihood: Array64  # (B,) nats; −inf before the first fit
+    log_likelihood: Array64  # (B,) nats, with that of the prior; −inf before the first fit
     converged: Mask  # (B,)
+    prior: Array64  # (B, K, 3) x, y, intensity expected beforehand
+    precision: Array64  # (B, K, 3) one over the variance of each; 0: nothing is known
 
     @classmethod
-    def start(cls, xy_px: Array64, intensity: Array64, present: Mask) -> "Groups":
+    def start(
+        cls,
+        xy_px: Array64,
+        intensity: Array64,
+        present: Mask,
+        prior: Array64 | None = None,
+        precision: Array64 | None = None,
+    ) -> "Groups":
         """An estimate that has not been fitted yet."""
         batch = len(xy_px)
         none = np.zeros(batch)
-        return cls(xy_px, intensity * present, present, none, none - np.inf, none > 0)
+        unknown = np.zeros((*present.shape, 3))
+        return cls(
+            xy_px,
+            intensity * present,
+            present,
+            none,
+            none - np.inf,
+            none > 0,
+            unknown if prior is None else prior,
+            unknown if precision is None else precision * present[..., None],
+        )
+
+    @property
+    def parameters(self) -> Array64:
+        """(B, K, 3) x, y, intensity."""
+        return np.concatenate([self.xy_px, self.intensity[..., None]], axis=2)
 
     def take(self, rows: NDArray[np.int64]) -> "Groups":
         """Some of the patches."""
@@ -80,7 +105,7 @@ def information(window: Window, groups: Groups, sensor: Sensor) -> Array64:
     """Fisher information (B, 3K + 1, 3K + 1) at the estimate; 1 on the diagonal of the absent."""
     derivatives = _derivatives(window, groups, sensor)
     weight = _flat(censored_information(expected(window, groups, sensor), sensor))
-    return _normal(derivatives, weight * _flat(window.usable_BHW), groups.present)
+    return _normal(derivatives, weight * _flat(window.usable_BHW), groups)
 
 
 def fit(window: Window, groups: Groups, sensor: Sensor, iterations: int = 12) -> Groups:
@@ -119,11 +144,11 @@ def _step(
     mean = expected(window, groups, sensor)
     usable = _flat(window.usable_BHW)
     derivatives = _derivatives(window, groups, sensor)
-    normal = _normal(
-        derivatives, _flat(censored_information(mean, sensor)) * usable, groups.present
-    )
+    normal = _normal(derivatives, _flat(censored_information(mean, sensor)) * usable, groups)
     slope = _flat(score(window.counts_BHW, mean, sensor)) * usable
     gradient = (derivatives @ slope[..., None])[..., 0]
+    pull = groups.precision * (groups.prior - groups.parameters)
+    gradient[:, :-1] += pull.reshape(len(pull), -1)
     known = np.einsum("bpp->bp", normal).min(axis=1) > 0.0
     full = _solve(normal, gradient, np.full(len(damping), 1e-9))
     promised = np.where(known, 0.5 * np.einsum("bp,bp->b", gradient, full), np.inf)
@@ -166,18 +191,20 @@ def _derivatives(window: Window, groups: Groups, sensor: Sensor) -> Array64:
     return result
 
 
-def _normal(derivatives: Array64, weight: Array64, present: Mask) -> Array64:
+def _normal(derivatives: Array64, weight: Array64, groups: Groups) -> Array64:
     normal: Array64 = (derivatives * weight[:, None, :]) @ derivatives.transpose(0, 2, 1)
-    absent = np.append(np.repeat(~present, 3, axis=1), np.zeros((len(present), 1), bool), axis=1)
-    index = np.arange(normal.shape[1])
-    normal[:, index, index] += absent
+    index = np.arange(normal.shape[1] - 1)
+    known = np.where(groups.present[..., None], groups.precision, 1.0)
+    normal[:, index, index] += known.reshape(len(normal), -1)
     return normal
 
 
 def _total(window: Window, groups: Groups, sensor: Sensor) -> Array64:
-    """Log-likelihood (B,) of the usable pixels."""
+    """Log-likelihood (B,) of the usable pixels, and of the parameters by their prior."""
     each = log_likelihood(window.counts_BHW, expected(window, groups, sensor), sensor)
     total: Array64 = np.sum(each * window.usable_BHW, axis=(1, 2))
+    missed = groups.precision * (groups.parameters - groups.prior) ** 2
+    total -= 0.5 * missed.sum(axis=(1, 2))
     return total
 
 

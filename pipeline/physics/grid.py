@@ -65,8 +65,9 @@ class Peaks(NamedTuple):
     xy_px: NDArray[np.float64]  # (N, 2)
     intensity: NDArray[np.float64]  # (N,) summed
     value: NDArray[np.float64]  # (N,) of the cell; the stronger the surer
-    p_exist: NDArray[np.float64]  # (N,) NaN where the network does not say
-    variance_px2: NDArray[np.float64]  # (N,) of the position along an axis, as far as it says
+    p_exist: NDArray[np.float64]  # (N,) this and the next two: NaN where the network does not say
+    cov_px2: NDArray[np.float64]  # (N, 3) xx, xy, yy
+    intensity_sigma: NDArray[np.float64]  # (N,)
 
     @classmethod
     def on_grid(
@@ -75,12 +76,10 @@ class Peaks(NamedTuple):
         xy_px: NDArray[np.float64],
         intensity: NDArray[np.float64],
         value: NDArray[np.float64],
-        c: int,
     ) -> "Peaks":
         """Of a map that says no more than the cell."""
         unsaid = np.full(len(image), np.nan)
-        variance_px2 = np.full(len(image), cell_variance_px2(1.0 / c))
-        return cls(image, xy_px, intensity, value, unsaid, variance_px2)
+        return cls(image, xy_px, intensity, value, unsaid, np.full((len(image), 3), np.nan), unsaid)
 
     def take(self, rows: NDArray[np.int64]) -> "Peaks":
         """Some of them."""
@@ -96,7 +95,7 @@ def grid_detections(map_BHW: NDArray[np.floating], c: int, threshold: float) -> 
     value = map_BHW[index, row, column].astype(np.float64)
     centres = cell_centres_px(map_BHW.shape[1] // c, c)
     xy_px = np.stack([centres[column], centres[row]], axis=1)
-    return Peaks.on_grid(index, xy_px, value.copy(), value, c)
+    return Peaks.on_grid(index, xy_px, value.copy(), value)
 
 
 def local_maxima(
@@ -134,4 +133,4 @@ def local_maxima(
         for weight in (None, centres_x, centres_y)
     )
     xy_px = np.stack([moment_x, moment_y], axis=1) / gathered[:, None]
-    return Peaks.on_grid(index, xy_px, gathered, values[here], c)
+    return Peaks.on_grid(index, xy_px, gathered, values[here])

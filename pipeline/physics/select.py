@@ -5,8 +5,6 @@ than `penalty`; 3 ln(number of pixels), the Bayesian information criterion for t
 of a target, is 14.4 for 11 × 11 pixels.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,45 +14,6 @@ from pipeline.physics.psf import pixel_response
 from pipeline.physics.sensor import Sensor
 
 NEAR_PX = 2
-PENALTY = 20.0
-ADDITIONS = 2
-
-
-class Candidates(NamedTuple):
-    """Targets of many patches, in the order of the patches; positions in patch coordinates."""
-
-    patch: NDArray[np.integer]  # (M,) which patch
-    xy_px: Array64  # (M, 2)
-    intensity: Array64  # (M,) counts
-    refined: NDArray[np.bool_]  # (M,) fitted to the counts
-
-
-def refine(
-    window: Window,
-    candidates: Candidates,
-    sensor: Sensor,
-    penalty: float = PENALTY,
-    additions: int = ADDITIONS,
-) -> Candidates:
-    """`select` from the candidates of each patch.
-
-    Where the fit did not converge, or a target left the patch, its candidates are given back.
-    """
-    patch, xy_px, intensity, _ = candidates
-    batch, height, width = window.counts_BHW.shape
-    count = np.bincount(patch, minlength=batch)
-    column = np.arange(len(patch)) - (np.cumsum(count) - count)[patch]
-    columns = count.max(initial=0) + additions
-    start_xy, start_intensity = np.zeros((batch, columns, 2)), np.zeros((batch, columns))
-    start_xy[patch, column], start_intensity[patch, column] = xy_px, intensity
-    start = Groups.start(start_xy, start_intensity, np.arange(columns) < count[:, None])
-    found = select(window, start, sensor, penalty, additions)
-    last = np.array([width, height]) - 0.5
-    inside = ((found.xy_px >= -0.5) & (found.xy_px <= last)).all(axis=2) | ~found.present
-    good = found.converged & inside.all(axis=1)
-    best = start.put(np.flatnonzero(good), found.take(np.flatnonzero(good)))
-    patch, column = np.nonzero(best.present)
-    return Candidates(patch, best.xy_px[patch, column], best.intensity[patch, column], good[patch])
 
 
 def select(

@@ -8,7 +8,7 @@ from pydantic import Field
 from pipeline.component import Settings, Stage
 from pipeline.messages import Unmixed
 from pipeline.physics.fit import Window
-from pipeline.physics.select import ADDITIONS, PENALTY, Candidates, refine
+from pipeline.physics.refine import ADDITIONS, PENALTY, Candidates, refine
 
 
 class Refine(Stage[Unmixed, Unmixed]):
@@ -18,10 +18,14 @@ class Refine(Stage[Unmixed, Unmixed]):
     """
 
     class Config(Settings):
-        """penalty: what a target must add to twice the log-likelihood, see `select`."""
+        """penalty: what a target must add to twice the log-likelihood, see `select`.
+
+        starts: how many times to fit what a network off the grid has found.
+        """
 
         penalty: float = Field(PENALTY, ge=0.0)
         additions: int = Field(ADDITIONS, ge=0, le=8)
+        starts: int = Field(1, ge=1, le=64)
 
     def process(self, message: Unmixed) -> Unmixed:
         """The same patches with targets off the grid."""
@@ -38,21 +42,16 @@ class Refine(Stage[Unmixed, Unmixed]):
             message.xy_px - patches.origin_px[message.patch],
             message.intensity,
             message.refined,
+            message.p_exist,
+            message.cov_px2,
+            message.intensity_sigma,
         )
-        settings = self._config
-        found = refine(window, candidates, self._sensor, settings.penalty, settings.additions)
-        # What the network said holds for the groups that were given back as they were.
-        given_back = ~np.isin(message.patch, found.patch[found.refined])
-        p_exist = np.full(len(found.patch), np.nan)
-        variance_px2 = np.zeros(len(found.patch))
-        p_exist[~found.refined] = message.p_exist[given_back]
-        variance_px2[~found.refined] = message.variance_px2[given_back]
+        found = refine(window, candidates, self._sensor, **self._config.model_dump())
         return replace(
             message,
-            p_exist=p_exist,
-            variance_px2=variance_px2,
-            patch=found.patch.astype(np.int32),
-            xy_px=found.xy_px + patches.origin_px[found.patch],
-            intensity=found.intensity,
-            refined=found.refined,
+            **found._asdict()
+            | {
+                "patch": found.patch.astype(np.int32),
+                "xy_px": found.xy_px + patches.origin_px[found.patch],
+            },
         )

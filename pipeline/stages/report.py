@@ -1,8 +1,9 @@
 """Unmixed targets → what is published: significance, a first covariance, counts, flags.
 
-The covariance is the Cramér-Rao bound of the whole group at the estimate, local background
-unknown, plus the variance of what the method says no better: a uniform error over the cell of a
-network that answers in cells, cell²/12 along each axis; what a network off the grid says itself.
+A covariance that the method states itself, a fit or a network off the grid, is published. Where it
+states none, it is the Cramér-Rao bound of the whole group at the estimate, local background
+unknown, plus the variance of a uniform error over the grid cell, cell²/12 along each axis: a
+network that answers in cells knows a position no better than that.
 """
 
 import numpy as np
@@ -13,6 +14,7 @@ from scipy.special import ndtr
 from pipeline.component import Settings, Stage
 from pipeline.messages import MAX_COUNT, TargetReport, Unmixed
 from pipeline.physics.bounds import cramer_rao, fisher_information
+from pipeline.physics.grid import cell_variance_px2
 
 Vector = NDArray[np.float64]
 
@@ -78,11 +80,13 @@ class Report(Stage[Unmixed, TargetReport]):
             per_count = information[:, of + 2, of + 2]
             snr[rows] = message.intensity[rows] * np.sqrt(per_count)
             sigma[rows] = np.sqrt(bound[:, of + 2, of + 2])
-            own = message.variance_px2[rows]
+            cell = cell_variance_px2(message.cell_px)
             cov[rows] = np.stack(
-                [bound[:, of, of] + own, bound[:, of, of + 1], bound[:, of + 1, of + 1] + own],
+                [bound[:, of, of] + cell, bound[:, of, of + 1], bound[:, of + 1, of + 1] + cell],
                 axis=-1,
             )
+        cov = np.where(np.isnan(message.cov_px2), cov, message.cov_px2)
+        sigma = np.where(np.isnan(message.intensity_sigma), sigma, message.intensity_sigma)
         return snr, cov, sigma
 
 

@@ -71,7 +71,9 @@ class Unmix(Stage[Patches, Unmixed]):
             intensity=peaks.intensity * unit[peaks.image],
             refined=np.zeros(len(peaks.image), dtype=np.bool_),
             p_exist=peaks.p_exist,
-            variance_px2=peaks.variance_px2,
+            cov_px2=peaks.cov_px2,
+            intensity_sigma=peaks.intensity_sigma * unit[peaks.image],
+            cell_px=1.0 / manifest.c,
             engine=manifest.onnx_sha256[:12],
             source=manifest.name,
         )
