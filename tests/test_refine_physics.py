@@ -1,0 +1,116 @@
+"""Candidates to fitted targets: what a network says beforehand, several starts, covariances."""
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from pipeline.physics.arrays import NumpyRandom
+from pipeline.physics.bounds import cramer_rao, fisher_information
+from pipeline.physics.fit import Groups, Window, fit
+from pipeline.physics.measurement import measure
+from pipeline.physics.psf import render
+from pipeline.physics.refine import Candidates, refine
+from pipeline.physics.sensor import Sensor
+
+SENSOR = Sensor(sigma_px=0.5, full_scale=16383, read_noise=6.0, gain=8.0)
+LEVEL = 1000.0
+PAIR = np.array([[4.7, 5.1, 2500.0], [5.5, 4.9, 1800.0]])
+
+
+def windows(group, number, seed=1):
+    mean = LEVEL + render(group[:, :2], group[:, 2], (11, 11), SENSOR.sigma_px)
+    counts = measure(np.repeat(mean[None], number, axis=0), SENSOR, NumpyRandom(seed))
+    return Window(counts, np.full_like(counts, LEVEL), np.ones(counts.shape, bool))
+
+
+def said(group, number, rng, sigma_px=0.05, sigma_counts=100.0):
+    """What a network with honest sigmas would say of each patch."""
+    table = np.repeat(group[None], number, axis=0)
+    table = table + rng.normal(size=table.shape) * [sigma_px, sigma_px, sigma_counts]
+    patch = np.repeat(np.arange(number), len(group))
+    rows = table.reshape(-1, 3)
+    return Candidates.unsure(patch, rows[:, :2], rows[:, 2])._replace(
+        p_exist=np.full(len(patch), 0.9),
+        cov_px2=np.tile([sigma_px**2, 0.0, sigma_px**2], (len(patch), 1)),
+        intensity_sigma=np.full(len(patch), sigma_counts),
+    )
+
+
+def test_errors_are_as_large_as_the_covariance_says(rng):
+    number = 400
+    found = refine(windows(PAIR, number), said(PAIR, number, rng), SENSOR)
+    assert found.refined.all() and len(found.patch) == 2 * number
+    error = found.xy_px - np.tile(PAIR[:, :2], (number, 1))
+    xx, xy, yy = found.cov_px2.T
+    inverse = np.linalg.inv(np.stack([np.stack([xx, xy], 1), np.stack([xy, yy], 1)], 1))
+    nees = np.einsum("mi,mij,mj->m", error, inverse, error).mean() / 2.0
+    # Below 1: what is said here does not come from the counts, and is worth more than its half.
+    assert 0.8 < nees < 1.1
+    ratio = (found.intensity - np.tile(PAIR[:, 2], number)) / found.intensity_sigma
+    assert 0.45 < np.mean(ratio**2) < 1.1
+
+
+def test_existence_is_kept_and_the_number_too(rng):
+    found = refine(windows(PAIR, 3), said(PAIR, 3, rng), SENSOR)
+    assert_array_equal(found.patch, [0, 0, 1, 1, 2, 2])
+    assert_allclose(found.p_exist, 0.9)
+
+
+def test_what_is_known_beforehand_narrows_what_the_counts_leave_open(rng):
+    close = np.array([[4.9, 5.0, 400.0], [5.1, 5.0, 400.0]])
+    window = windows(close, 1)
+    found = refine(window, said(close, 1, rng, sigma_px=0.03, sigma_counts=20.0), SENSOR)
+    bound = cramer_rao(
+        fisher_information(
+            close[None, :, :2], close[None, :, 2], LEVEL, (11, 11), SENSOR, with_background=True
+        )
+    )
+    assert bound[0, 0, 0] > 0.04
+    assert found.refined.all() and (found.cov_px2[:, 0] < 2.2 * 0.03**2).all()
+
+
+def test_a_prior_pulls_the_fit_towards_it():
+    window = windows(PAIR[:1], 1)
+    start = PAIR[None, :1, :2], PAIR[None, :1, 2], np.ones((1, 1), bool)
+    prior = PAIR[None, :1] + [0.1, 0.0, 0.0]
+    free = fit(window, Groups.start(*start), SENSOR)
+    precision = np.zeros((1, 1, 3))
+    for strength, low, high in ((1e2, 0.0, 0.01), (1e9, 0.09, 0.11)):
+        precision[..., 0] = strength
+        pulled = fit(window, Groups.start(*start, prior, precision), SENSOR, iterations=40)
+        assert low < pulled.xy_px[0, 0, 0] - free.xy_px[0, 0, 0] < high
+
+
+def test_where_solutions_compete_the_covariance_tells_of_them(rng):
+    # A saturated pair whose sides the counts hardly tell apart: the fit alone is too sure.
+    sensor = Sensor(sigma_px=0.5, full_scale=255)
+    group = np.array([[4.8, 4.8, 240.0], [5.2, 5.2, 240.0], [4.8, 5.25, 240.0]])
+    mean = render(group[:, :2], group[:, 2], (11, 11), sensor.sigma_px)
+    counts = np.repeat(measure(mean, sensor, NumpyRandom(1))[None], 20, axis=0)
+    window = Window(counts, np.zeros_like(counts), np.ones(counts.shape, bool))
+    candidates = said(group, 20, rng, sigma_px=0.15, sigma_counts=10.0)
+    once = refine(window, candidates, sensor)
+    often = refine(window, candidates, sensor, starts=6)
+    both = once.refined & often.refined
+    assert both.sum() > 30
+    assert np.median(often.cov_px2[both, 0] / once.cov_px2[both, 0]) >= 1.0 - 1e-9
+    assert often.cov_px2[both, 0].mean() > once.cov_px2[both, 0].mean()
+    again = refine(window, candidates, sensor, starts=6)
+    assert_array_equal(often.xy_px, again.xy_px)
+
+
+def test_a_target_that_leaves_the_patch_gives_the_candidates_back(rng):
+    outside = np.array([[10.3, 5.0, 3000.0]])
+    window = windows(np.array([[11.4, 5.0, 60000.0]]), 1)
+    candidates = said(outside, 1, rng, sigma_px=2.0, sigma_counts=1e5)
+    found = refine(window, candidates, SENSOR)
+    assert not found.refined.any()
+    for name in ("xy_px", "intensity", "p_exist", "cov_px2", "intensity_sigma"):
+        assert_array_equal(getattr(found, name), getattr(candidates, name))
+
+
+@pytest.mark.parametrize("starts", [1, 3])
+def test_no_candidates_no_targets(starts):
+    nothing = Candidates.unsure(np.zeros(0, int), np.zeros((0, 2)), np.zeros(0))
+    found = refine(windows(PAIR, 2), nothing, SENSOR, starts=starts)
+    assert len(found.patch) == 0
