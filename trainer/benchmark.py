@@ -125,7 +125,8 @@ SYSTEMS = (
     ),
     System("DISTA-Net, c = 5", "variants/dista_net_c5"),
     System("DISTA-Net, c = 7", "variants/dista_net_c7"),
-    System("DISTA-Net + likelihood fit (ours)", "dista_net", refined=True),
+    System("off the grid (ours)", "off_grid"),
+    System("off the grid + fit (ours)", "off_grid", refined=True),
 )
 
 
@@ -215,6 +216,7 @@ def _row(
         "network": manifest.network,
         "settings": manifest.settings,
         "c": manifest.c,
+        "output": manifest.output,
         "parameters": manifest.parameters,
         "multiply_adds": multiply_adds(engine.network, torch.from_numpy(few)),
         "samples_seen": manifest.samples,

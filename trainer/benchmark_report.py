@@ -107,9 +107,11 @@ def draw_bars(results: dict[str, Any], path: Path) -> None:
     for y, row in zip(place, rows, strict=True):
         published = row["published"]["cso_map"]
         if published is not None:
-            axes.plot(published, y, "kD", markersize=5, label="published" if y == 0 else None)
-        ceiling = results["ceiling"][str(row["c"])]
-        axes.plot([ceiling, ceiling], [y - 0.45, y + 0.45], color="tab:red")
+            axes.plot(published, y, "kD", markersize=5)
+        if row["output"] == "intensity-map":
+            ceiling = results["ceiling"][str(row["c"])]
+            axes.plot([ceiling, ceiling], [y - 0.45, y + 0.45], color="tab:red")
+    axes.plot([], [], "kD", markersize=5, label="published")
     axes.plot([], [], color="tab:red", label="perfect detection on this grid")
     axes.set_yticks(place, [_label(row) for row in rows])
     axes.invert_yaxis()
@@ -120,7 +122,7 @@ def draw_bars(results: dict[str, Any], path: Path) -> None:
 
 
 def _colour(row: dict[str, Any]) -> str:
-    if row["refined"]:
+    if row["output"] != "intensity-map":
         return _OURS
     return _LEARNT if row["parameters"] else _SOLVER
 
@@ -133,7 +135,8 @@ def _label(row: dict[str, Any]) -> str:
 def draw_maps(dataset: CsistDataset, systems: tuple[System, ...], path: Path) -> None:
     """One image for each number of targets: patch, true map, each system's map.
 
-    Crosses: the true positions. All around the middle of the group, ± 2.5 px.
+    Off the grid: probability times intensity. Crosses: the true positions. All around the middle
+    of the group, ± 2.5 px.
     """
     chosen = [
         int(np.flatnonzero(dataset.target_count == count)[0])
@@ -149,7 +152,8 @@ def draw_maps(dataset: CsistDataset, systems: tuple[System, ...], path: Path) ->
     maps: list[NDArray[Any]] = [patches, true_maps(dataset, slice(None), 3, unit)[chosen]]
     for system in shown:
         with system.load() as engine:
-            maps.append(engine.infer(patches))
+            answer = engine.infer(patches)
+        maps.append(answer if answer.ndim == 3 else answer[:, 0] * answer[:, 3])
     for column, (title, images) in enumerate(zip(columns, maps, strict=True)):
         grid[0, column].set_title(title.replace(" without", "\nwithout"), fontsize=8)
         c = images.shape[1] // dataset.image.shape[1]
