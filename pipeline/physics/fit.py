@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.physics import noise
 from pipeline.physics.bounds import censored_information, jacobian
 from pipeline.physics.measurement import log_likelihood, score
 from pipeline.physics.psf import render
@@ -23,6 +24,8 @@ Mask = NDArray[np.bool_]
 MAX_STEP_PX = 0.4
 CONVERGED_GAIN = 1e-2  # nats: a hundredth of what one standard deviation is worth, and less
 STIFFEST = 1e8
+ROUNDED_AWAY = 0.3
+"""Counts; a pixel that expects no more, and has no noise, is 0 whatever it expects exactly."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,19 @@ def information(window: Window, groups: Groups, sensor: Sensor) -> Array64:
     derivatives = _derivatives(window, groups, sensor)
     weight = _flat(censored_information(expected(window, groups, sensor), sensor))
     return _normal(derivatives, weight * _flat(window.usable_BHW), groups)
+
+
+def reduced_chi2(window: Window, groups: Groups, sensor: Sensor) -> Array64:
+    """χ² of the residuals over degrees of freedom (B,), about 1 where the estimate explains them.
+
+    Of the usable pixels below full scale that expect enough counts not to be rounded away.
+    """
+    mean = expected(window, groups, sensor)
+    telling = window.usable_BHW & (window.counts_BHW < sensor.full_scale) & (mean > ROUNDED_AWAY)
+    residual = (window.counts_BHW - mean) ** 2 / noise.variance(mean, sensor)
+    freedom = telling.sum(axis=(1, 2)) - 3 * groups.present.sum(axis=1)
+    reduced: Array64 = np.sum(residual * telling, axis=(1, 2)) / np.maximum(freedom, 1)
+    return reduced
 
 
 def fit(window: Window, groups: Groups, sensor: Sensor, iterations: int = 12) -> Groups:
