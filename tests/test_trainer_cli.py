@@ -251,7 +251,17 @@ def test_altered_or_truncated_weights_are_refused(folder: Path, tmp_path: Path) 
 
 
 def test_help_is_there_for_every_command(trainer) -> None:
-    for words in ((), ("generate",), ("fit",), ("evaluate",), ("export",)):
+    for name in (
+        "",
+        "generate",
+        "import-csist",
+        "export-csist",
+        "fit",
+        "evaluate",
+        "benchmark",
+        "export",
+    ):
+        words = [name] if name else []
         result = trainer(*words, "--help")
         assert result.returncode == 0
         assert "Usage: trainer" in result.stdout and "completion" not in result.stdout
