@@ -100,7 +100,7 @@ class Manifest(BaseModel):
     seed: int
     samples: int = Field(ge=0, description="patches seen in training")
     training_s: float = Field(ge=0.0)
-    loss: float = Field(ge=0.0, description="training loss at the end")
+    loss: float = Field(description="training loss at the end; a log-likelihood may be negative")
     cso_map: float = Field(ge=0.0, le=1.0, description="on held-out patches of the profile")
     parameters: int = Field(ge=0)
     onnx_sha256: str = Sha256

@@ -130,6 +130,9 @@ def test_a_network_off_the_grid_says_where_how_sure_and_how_well():
     assert_allclose(report.p_exist, [0.9, 0.95, 0.85], rtol=1e-3)
     assert_allclose(report.count_posterior[0, :2], [0.1, 0.9], atol=1e-3)
     assert_allclose(report.cov_px2, [[0.0009, 0, 0.0025], [0.0036, 0, 0.0036], [0.0036, 0, 0.0036]])
+    sure = Report(Report.Config(min_snr=0.0, min_p_exist=0.88), SENSOR).process(unmixed)
+    assert_allclose(sure.p_exist, [0.9, 0.95], rtol=1e-6)
+    assert len(sure.bbox_px) == 2
     peak = (patches.counts_BHW - patches.background_BHW).max(axis=(1, 2))
     assert_allclose(report.intensity_sigma, 10.0 * peak[[0, 1, 1]], rtol=1e-5)
 

@@ -27,7 +27,9 @@ def draw_picture(records: Records, path: Path, title: str) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     samples = [record["samples"] for record in records]
-    left.semilogy(samples, [record["loss"] for record in records], color="black")
+    loss = [record["loss"] for record in records]
+    left.plot(samples, loss, color="black")
+    left.set_yscale("log" if min(loss) > 0.0 else "linear")  # a likelihood's may be negative
     left.set(xlabel="samples seen", ylabel="training loss", title=title)
     right.plot(
         samples, [record["cso_map"] for record in records], color="black", lw=2, label="CSO-mAP"

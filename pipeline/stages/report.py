@@ -23,15 +23,20 @@ class Report(Stage[Unmixed, TargetReport]):
     """Judges each target by the imaging model."""
 
     class Config(Settings):
-        """min_snr: a target whose matched-filter SNR, its fellows known, is lower is left out."""
+        """A target whose matched-filter SNR, its fellows known, is lower than min_snr is left out.
+
+        So is one that probably does not exist, by a network that says how probable it is.
+        """
 
         min_snr: float = Field(4.0, ge=0.0)
+        min_p_exist: float = Field(0.5, ge=0.0, le=1.0)
 
     def process(self, message: Unmixed) -> TargetReport:
         """All targets of the frame that are significant, with what is known of each."""
         patches = message.patches
         snr, cov_px2, intensity_sigma = self._information(message)
-        keep = snr >= self._config.min_snr
+        unlikely = message.p_exist < self._config.min_p_exist  # not where it is NaN: unsaid
+        keep = (snr >= self._config.min_snr) & ~unlikely
         group = patches.group[message.patch[keep]]
         intensity, sigma = message.intensity[keep], intensity_sigma[keep]
         said = message.p_exist[keep]
