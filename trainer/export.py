@@ -28,7 +28,7 @@ from trainer.trained import TrainedNetwork, weights_sha256, with_weights, write_
 from trainer.units import to_network_units
 
 PARITY_TOLERANCE = 1e-4
-"""Largest allowed difference between the engine's map and torch's, both f32, network units."""
+"""Largest allowed difference between the engine's map and torch's, both f32; see `parity`."""
 
 PARITY_PATCHES = 64
 READING: dict[Scaling, dict[str, float]] = {
@@ -78,7 +78,7 @@ def export(network: str, checkpoint: Path, out_dir: Path, name: str) -> tuple[Ma
             difference = parity(engine, built, profile_for(config.profile, built), config.scaling)
         if not difference <= PARITY_TOLERANCE:
             raise TrainingFailed(
-                f"{name}: differs from torch by {difference:.1e} in network units, allowed is "
+                f"{name}: differs from torch by {difference:.1e}, allowed is "
                 f"{PARITY_TOLERANCE:.0e}; nothing was written"
             )
         for suffix in (".onnx", ".pt", ".json"):
@@ -119,7 +119,10 @@ def write_onnx(network: UnmixingNetwork, path: Path) -> None:
 
 
 def parity(engine: Engine, network: UnmixingNetwork, profile: Profile, scaling: Scaling) -> float:
-    """Largest difference between the engine's maps and torch's on patches never trained on."""
+    """Largest difference between the engine's maps and torch's on patches never trained on.
+
+    Relative where torch's value is above 1: off the grid maps hold pixels and sigmas.
+    """
     patch, _ = draw_patches(profile, PARITY_PATCHES, TorchRandom(VALIDATION_SEED))
     signal, _ = to_network_units(
         patch,
@@ -129,7 +132,9 @@ def parity(engine: Engine, network: UnmixingNetwork, profile: Profile, scaling: 
     )
     patches = signal.float().numpy()
     with TrainedNetwork(engine.manifest, network) as reference:
-        return float(np.max(np.abs(engine.infer(patches) - reference.infer(patches))))
+        wanted = reference.infer(patches)
+    difference = np.abs(engine.infer(patches) - wanted) / np.maximum(1.0, np.abs(wanted))
+    return float(difference.max())
 
 
 def sensor_needs(profile: Profile, scaling: Scaling) -> SensorNeeds:
