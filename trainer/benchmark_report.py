@@ -40,8 +40,9 @@ def markdown(results: dict[str, Any]) -> str:
     )
     systems = _table(
         [
-            "system", "c", "parameters", "multiply-adds", "patches seen", "CSO-mAP", "published",
-            "less DISTA-Net", *(f"AP{t[2:]}" for t in THRESHOLDS), "PSNR dB", "SSIM", "patches/s",
+            "system", "c", "parameters", "multiply-adds", "patches seen", "training", "CSO-mAP",
+            "published", "less DISTA-Net", *(f"AP{t[2:]}" for t in THRESHOLDS), "PSNR dB",
+            "SSIM", "patches/s",
         ],
         [_cells(row) for row in rows],
     )  # fmt: skip
@@ -70,6 +71,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['parameters'] / 1e6:.3f} M{' †' if smaller else ''}" if row["parameters"] else "–",
         f"{row['multiply_adds'] / 1e6:,.0f} M",
         f"{row['samples_seen']:,}" if row["samples_seen"] else "–",
+        f"{row['training_s'] / 60:.0f} min" if row["training_s"] else "–",
         f"**{_percent(row['cso_map'])}** ({_percent(low)}–{_percent(high)})",
         _percent(published["cso_map"]),
         f"{100 * versus[0]:+.2f} to {100 * versus[1]:+.2f}" if versus else "–",
@@ -116,7 +118,7 @@ def draw_bars(results: dict[str, Any], path: Path) -> None:
     axes.set_yticks(place, [_label(row) for row in rows])
     axes.invert_yaxis()
     axes.set(xlabel="CSO-mAP", xlim=(0.0, 1.0))
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
 
@@ -136,12 +138,9 @@ def draw_maps(dataset: CsistDataset, systems: tuple[System, ...], path: Path) ->
     """One image for each number of targets: patch, true map, each system's map.
 
     Off the grid: probability times intensity. Crosses: the true positions. All around the middle
-    of the group, ± 2.5 px.
+    of the group, ± 1.5 px.
     """
-    chosen = [
-        int(np.flatnonzero(dataset.target_count == count)[0])
-        for count in np.unique(dataset.target_count)
-    ]
+    chosen = _examples(dataset)
     shown = [system for system in systems if not system.refined]
     columns = ["patch", "truth, c = 3", *(system.title for system in shown)]
     figure = Figure(figsize=(1.55 * len(columns), 1.6 * len(chosen) + 0.5), layout="constrained")
@@ -155,7 +154,7 @@ def draw_maps(dataset: CsistDataset, systems: tuple[System, ...], path: Path) ->
             answer = engine.infer(patches)
         maps.append(answer if answer.ndim == 3 else answer[:, 0] * answer[:, 3])
     for column, (title, images) in enumerate(zip(columns, maps, strict=True)):
-        grid[0, column].set_title(title.replace(" without", "\nwithout"), fontsize=8)
+        grid[0, column].set_title(title.replace("– without ", "without\n"), fontsize=8)
         c = images.shape[1] // dataset.image.shape[1]
         centres = cell_centres_px(dataset.image.shape[1], c)
         edges = (centres[0] - 0.5 / c, centres[-1] + 0.5 / c)
@@ -164,6 +163,18 @@ def draw_maps(dataset: CsistDataset, systems: tuple[System, ...], path: Path) ->
             axes.imshow(image, extent=(*edges, *edges[::-1]), vmin=0.0, vmax=1.0, cmap="inferno")
             axes.plot(true[:, 0], true[:, 1], "c+", markersize=5, markeredgewidth=0.8)
             middle = np.rint(true.mean(axis=0))
-            axes.set(xlim=middle[0] + [-2.5, 2.5], ylim=middle[1] + [2.5, -2.5])
+            axes.set(xlim=middle[0] + [-1.5, 1.5], ylim=middle[1] + [1.5, -1.5])
             axes.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=110)
+
+
+def _examples(dataset: CsistDataset) -> list[int]:
+    """For each number of targets the first image whose group lies well within it, if any does."""
+    size = dataset.image.shape[1]
+    position = dataset.target_xy_px.reshape(len(dataset), -1)
+    inside = ~((position < 2.0) | (position > size - 3.0)).any(axis=1)  # NaN is neither
+    found = []
+    for count in np.unique(dataset.target_count):
+        of_count = np.flatnonzero(dataset.target_count == count)
+        found.append(int(of_count[np.argmax(inside[of_count])]))
+    return found
