@@ -61,7 +61,7 @@ def _gathered(left: Vector, xy_px: Vector, reach_px: float) -> Vector:
 
 def _mean(row: NDArray[np.int64], weight: Vector, cells: Vector) -> Peaks:
     """One target for each patch from its cells (B, 7, M) and their weights (B, M)."""
-    total = weight.sum(axis=1)
+    total = np.minimum(weight.sum(axis=1), 1.0)  # which rounding may pass
     share = weight / np.maximum(total, 1e-12)[:, None]
     x, y, intensity = means = [np.sum(share * cells[:, k], axis=1) for k in (1, 2, 3)]
     dx, dy, di = (cells[:, k] - mean[:, None] for k, mean in enumerate(means, start=1))
