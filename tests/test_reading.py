@@ -87,15 +87,6 @@ def test_senseless_maps_give_a_bounded_number_of_targets():
     assert len(read_cell_targets(maps[:0], 3).image) == 0
 
 
-def test_no_target_is_surer_than_sure(rng):
-    maps = said(200)
-    for image in range(200):
-        for column in range(12, 12 + rng.integers(3, 8)):
-            x, y = 5.0 + rng.uniform(-0.1, 0.1, 2)
-            say(maps, image, (16, column), rng.uniform(0.2, 0.5), x, y)
-    assert read_cell_targets(maps, 3).p_exist.max() <= 1.0
-
-
 def test_patches_do_not_mix(rng):
     maps = said(6)
     maps[:, 0] = rng.random((6, 33, 33)) ** 200
