@@ -185,8 +185,8 @@ def test_a_csist_dataset_replays_as_a_mosaic_and_is_scored(command, tmp_path):
         outputs.append([without_times(message) for message in read_lines(out)])
     assert outputs[0] == outputs[1]
     score = next(line for line in result.stdout.splitlines() if line.startswith("score: CSO-mAP"))
-    assert float(score.split()[2]) > 0.38
-    assert {message["engine"] for message in outputs[0]} == {shipped_hash("dista_net")}
+    assert float(score.split()[2]) > 0.7
+    assert {message["engine"] for message in outputs[0]} == {shipped_hash("off_grid")}
 
 
 def shipped_hash(name):
