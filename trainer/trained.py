@@ -5,8 +5,10 @@ without running any code. The shipped ones are in trainer/weights.
 """
 
 import hashlib
+import io
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import torch
 from pydantic import ValidationError
@@ -119,8 +121,12 @@ def with_weights(
 
 
 def write_weights(path: Path, manifest: Manifest, state: dict[str, Tensor]) -> None:
-    """Write a weights file."""
-    torch.save({"manifest": manifest.model_dump(mode="json"), "weights": state}, path)
+    """Write a weights file, packed: torch reads a deflated archive as well as its own."""
+    plain = io.BytesIO()
+    torch.save({"manifest": manifest.model_dump(mode="json"), "weights": state}, plain)
+    with ZipFile(plain) as archive, ZipFile(path, "w", ZIP_DEFLATED) as packed:
+        for item in archive.infolist():
+            packed.writestr(item.filename, archive.read(item))
 
 
 def read_weights(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
