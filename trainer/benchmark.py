@@ -21,10 +21,6 @@ from trainer.network import UnmixingNetwork
 from trainer.reading import Detections, detections, read_maps
 from trainer.trained import BATCH, WEIGHTS, TrainedNetwork, load_solver, load_weights
 
-SEED = 20261122
-"""Of the held-out images; no run trains or validates on it."""
-
-IMAGES = 10_000
 COUNTED_PATCHES = 4
 """Patches whose multiply-adds are counted; only a solver's differ from patch to patch."""
 
@@ -162,9 +158,9 @@ def run(
     rows: list[dict[str, Any]] = []
     found: dict[str, list[Detections]] = {}
     for system, engine in loaded:
-        if engine.manifest.fits(dataset.sensor):
+        if misfits := engine.manifest.fits(dataset.sensor):
             raise TrainerError(
-                f"benchmark: {system.title} is {engine.manifest.fits(dataset.sensor)[0]}; "
+                f"benchmark: {system.title} is {misfits[0]}; "
                 "use a dataset of profile csist-100k or interior"
             )
     for index, (system, engine) in enumerate(loaded):

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from pipeline.formats.csist import CsistDataset
 from pipeline.physics.grid import cell_centres_px
+from pipeline.physics.score import THRESHOLDS_PX
 from trainer.benchmark import System
 from trainer.evaluate import true_maps
 
-THRESHOLDS = ("0.05", "0.10", "0.15", "0.20", "0.25")
+THRESHOLDS = tuple(f"{threshold:.2f}" for threshold in THRESHOLDS_PX)
 _OURS, _SOLVER, _LEARNT = "tab:orange", "tab:gray", "tab:blue"
 
 

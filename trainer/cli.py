@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipeline.command import run_app
 from trainer.errors import TrainerError
+from trainer.fit_config import BENCHMARK_SEED
 
 app = typer.Typer(
     help="Make the engines the pipeline runs: draw data, train, evaluate, export.",
@@ -204,7 +205,7 @@ def benchmark(
         Path | None, typer.Option(help="CSIST dataset (zarr); without, drawn from --seed.")
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the images.")] = 20261122,
+    seed: Annotated[int, typer.Option(min=0, help="Of the images.")] = BENCHMARK_SEED,
     only: Annotated[
         list[str] | None, typer.Option(help="Title of a system; may be repeated. Without, all.")
     ] = None,

@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from trainer.errors import TrainerError
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
-"""Patch (B, n, n) and map (B, cn, cn) in network units → the loss, a scalar."""
+"""Patches (B, n, n) and what the network learns of them, network units → the loss, a scalar."""
 
 ENVIRONMENT = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 """What `torchrun` sets in each process."""
@@ -85,8 +85,8 @@ class _Loss(nn.Module):
         self.network = network
         self.loss_of = loss_of
 
-    def forward(self, patch_BHW: Tensor, map_BHW: Tensor) -> Tensor:
-        return self.loss_of(patch_BHW, map_BHW)
+    def forward(self, patch_BHW: Tensor, truth: Tensor) -> Tensor:
+        return self.loss_of(patch_BHW, truth)
 
 
 @contextmanager

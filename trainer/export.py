@@ -87,7 +87,7 @@ def export(network: str, checkpoint: Path, out_dir: Path, name: str) -> tuple[Ma
 
 
 def write_onnx(network: UnmixingNetwork, path: Path) -> None:
-    """The network as one ONNX file: `patch` (B, n, n) → `map` (B, cn, cn), B dynamic.
+    """The network as one ONNX file: `patch` (B, n, n) → `map` (B, *map_shape), B dynamic.
 
     What the exporter notes about the source code (paths, lines) is left out.
     """

@@ -13,6 +13,9 @@ from pipeline.formats.yaml_map import read_yaml_map
 from trainer.errors import TrainerError
 
 VALIDATION_SEED = 900_001
+BENCHMARK_SEED = 20261122
+"""Of the benchmark's images; no run trains or validates on them."""
+
 DETECTION_THRESHOLD = 50 / 255
 """Network units; the literature's 50 of 255."""
 

@@ -1,5 +1,6 @@
 """What unfolded networks share: s⁰ = Q z, then stages, each a gradient step and a learnt map."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,20 +14,20 @@ SYMMETRY_WEIGHT = 0.01
 """Weight of Σ mean (F̃(F(r)) − r)² in the loss, as in ISTA-Net and DISTA-Net."""
 
 
-class Stage(nn.Module):
+class Stage(nn.Module, ABC):
     """One iteration of an unfolded solver."""
 
     def __init__(self) -> None:
         super().__init__()
         self.step_size = nn.Parameter(torch.zeros(()))  # `UnfoldedNetwork` sets where it starts
 
+    @abstractmethod
     def proximal(self, s: Tensor, r: Tensor, checked: int) -> tuple[Tensor, Tensor]:
         """From the stage's input s (B, L) and the map r (B, 1, cn, cn) after the gradient step.
 
         → the next map (B, 1, cn, cn), and the mean squared symmetry error F̃(F(r)) − r over the
         first `checked` patches; 0 if there are none.
         """
-        raise NotImplementedError
 
     @staticmethod
     def symmetry(

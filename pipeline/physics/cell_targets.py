@@ -25,9 +25,9 @@ def read_cell_targets(map_BCHW: NDArray[np.floating], c: int) -> Peaks:
     The most probable cell first: it and its nearest within REACH_CELLS, until their probabilities
     add up to 1, are a target; its figures are their weighted means. Then the same of what is left.
     """
-    batch = len(map_BCHW)
-    flat = map_BCHW.reshape(batch, 7, map_BCHW.shape[2] * map_BCHW.shape[3])
-    heard = min(SPEAKING, flat.shape[2])
+    batch, channels, height, width = map_BCHW.shape
+    flat = map_BCHW.reshape(batch, channels, height * width)
+    heard = min(SPEAKING, height * width)
     number = np.clip(np.rint(flat[:, 0].sum(axis=1)), 0, heard).astype(np.int64)
     loudest = np.argpartition(flat[:, 0], -heard, axis=1)[:, -heard:]
     cells = np.take_along_axis(flat, loudest[:, None], axis=2).astype(np.float64)  # (B, 7, M)

@@ -5,6 +5,7 @@ kept, merged or added to by the likelihood (`select`). One that answers off the 
 them and says how sure it is of each: its word is taken as prior, and only the fit is left.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -75,7 +76,7 @@ def refine(
         found, covariance = _averaged(window, start, sensor, starts)
     else:
         found = select(window, start, sensor, penalty, additions)
-        covariance = _covariance(window, found, sensor)
+        covariance = _covariance(information(window, found, sensor), found)
     covariance = _owned_up(covariance, start, reduced_chi2(window, found, sensor))
     height, width = window.counts_BHW.shape[1:]
     last = np.array([width, height]) - 0.5
@@ -121,43 +122,42 @@ def _padded(
 
 def _averaged(window: Window, start: Groups, sensor: Sensor, starts: int) -> tuple[Groups, Array64]:
     """The fit, or the average over the different ones found, and its covariance (B, K, 3, 3)."""
-    best = fit(window, start, sensor)
-    covariance = _covariance(window, best, sensor)
-    if starts == 1:
-        return best, covariance
     rng = np.random.default_rng(SEED)
-    spread = np.where(start.precision > 0.0, TRUST / np.maximum(start.precision, 1e-12), 0.0)
-    found, spreads, volumes = [best], [covariance], [_log_volume(window, best, sensor)]
+    sigma_px = np.sqrt(_network_variance(start)[..., :2])
+    found = [fit(window, start, sensor)]
     for _ in range(starts - 1):
-        moved = start.xy_px + rng.normal(size=start.xy_px.shape) * np.sqrt(spread[..., :2])
+        moved = start.xy_px + rng.normal(size=start.xy_px.shape) * sigma_px
         again = Groups.start(moved, start.intensity, start.present, start.prior, start.precision)
         found.append(fit(window, again, sensor))
-        spreads.append(_covariance(window, found[-1], sensor))
-        volumes.append(_log_volume(window, found[-1], sensor))
-    weight = _weights(found, volumes)  # (S, B)
+    normals = [information(window, one, sensor) for one in found]
+    spreads = [_covariance(normal, one) for normal, one in zip(normals, found, strict=True)]
+    if starts == 1:
+        return found[0], spreads[0]
+    weight = _weights(found, normals)  # (S, B)
     parameters = np.stack([one.parameters for one in found])
     mean = np.einsum("sb,sbkp->bkp", weight, parameters)
     away = parameters - mean
     total = np.stack(spreads) + away[..., :, None] * away[..., None, :]
     covariance = np.einsum("sb,sbkpq->bkpq", weight, total)
-    average = Groups(
-        mean[..., :2],
-        mean[..., 2],
-        start.present,
-        best.offset,
-        np.max([one.log_likelihood for one in found], axis=0),
-        np.any([one.converged for one in found], axis=0),
-        start.prior,
-        start.precision,
+    average = replace(
+        found[0],
+        xy_px=mean[..., :2],
+        intensity=mean[..., 2],
+        log_likelihood=np.max([one.log_likelihood for one in found], axis=0),
+        converged=np.any([one.converged for one in found], axis=0),
     )
     return average, covariance
 
 
-def _weights(found: list[Groups], volumes: list[Array64]) -> Array64:
-    """Probability (S, B) of each different solution: likelihood times the volume it fills."""
+def _weights(found: list[Groups], normals: list[Array64]) -> Array64:
+    """Probability (S, B) of each different solution: likelihood times the volume it fills.
+
+    The volume is what the fit leaves open, one over the root of the information's determinant.
+    """
     present = found[0].present
     evidence = []
-    for rank, (one, volume) in enumerate(zip(found, volumes, strict=True)):
+    for rank, (one, normal) in enumerate(zip(found, normals, strict=True)):
+        volume = -0.5 * np.linalg.slogdet(normal)[1]
         value = np.where(one.converged, one.log_likelihood + volume, -np.inf)
         for other in found[:rank]:
             apart = np.abs(one.xy_px - other.xy_px).max(axis=2) * present
@@ -170,10 +170,10 @@ def _weights(found: list[Groups], volumes: list[Array64]) -> Array64:
     return result
 
 
-def _covariance(window: Window, groups: Groups, sensor: Sensor) -> Array64:
+def _covariance(normal: Array64, groups: Groups) -> Array64:
     """Of each target's x, y and intensity (B, K, 3, 3), its fellows and the offset unknown."""
     batch, columns = groups.present.shape
-    bound = cramer_rao(information(window, groups, sensor))[:, :-1, :-1]
+    bound = cramer_rao(normal)[:, :-1, :-1]
     own: Array64 = np.einsum("bkpkq->bkpq", bound.reshape(batch, columns, 3, columns, 3))
     return own
 
@@ -186,16 +186,13 @@ def _owned_up(covariance: Array64, start: Groups, chi2: Array64) -> Array64:
     has an idea: from MISFIT_BEGINS on the network's variance is added, in full from MISFIT_ENDS.
     """
     misfit = np.clip((chi2 - MISFIT_BEGINS) / (MISFIT_ENDS - MISFIT_BEGINS), 0.0, 1.0)
-    told = start.precision > 0.0
-    of_network = np.where(told, TRUST / np.where(told, start.precision, 1.0), 0.0)
-    columns = covariance.shape[1]
     scaled = covariance * np.maximum(chi2, 1.0)[:, None, None, None]
-    added = of_network[:, :columns, :, None] * np.eye(3) * misfit[:, None, None, None]
+    added = _network_variance(start)[..., None] * np.eye(3) * misfit[:, None, None, None]
     total: Array64 = scaled + added
     return total
 
 
-def _log_volume(window: Window, groups: Groups, sensor: Sensor) -> Array64:
-    """Of what the fit leaves open (B,): minus half the log-determinant of the information."""
-    volume: Array64 = -0.5 * np.linalg.slogdet(information(window, groups, sensor))[1]
-    return volume
+def _network_variance(start: Groups) -> Array64:
+    """Variance (B, K, 3) of x, y and intensity as the network gave it; 0 where it did not."""
+    told = start.precision > 0.0
+    return np.where(told, TRUST / np.where(told, start.precision, 1.0), 0.0)

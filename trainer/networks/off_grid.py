@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engines.manifest import CHANNELS
 from pipeline.physics.grid import cell_centres_px, cell_index
 from pipeline.physics.groups import MAX_TARGETS
 from trainer.network import UnmixingNetwork
@@ -42,7 +43,7 @@ class OffGrid(UnmixingNetwork):
         n = config.channels
         self.first = nn.Conv2d(2, n, 3, padding=1)
         self.blocks = nn.ModuleList(_Block(n) for _ in range(config.blocks))
-        self.head = nn.Conv2d(n, 7 * config.c**2, 1)
+        self.head = nn.Conv2d(n, CHANNELS * config.c**2, 1)
         with torch.no_grad():
             self.head.weight *= 0.1
             self.head.bias.zero_()  # type: ignore[union-attr]
@@ -84,7 +85,7 @@ class OffGrid(UnmixingNetwork):
         crossed = F.binary_cross_entropy_with_logits(
             raw[:, 0].flatten(1), occupied, reduction="none"
         ).sum(dim=1)
-        there = raw.flatten(2).gather(2, cell[:, None].expand(-1, 7, -1))  # (B, 7, K)
+        there = raw.flatten(2).gather(2, cell[:, None].expand(-1, CHANNELS, -1))  # (B, 7, K)
         offset = (truth[..., :2] - self.get_buffer("centres")[index]) * c
         wanted = torch.cat([offset, truth[..., 2:]], dim=-1).transpose(1, 2)  # (B, 3, K)
         log_scale = there[:, 4:].clamp(*LOG_SCALES)
