@@ -36,16 +36,17 @@ class Engine(ABC):
         self.manifest = manifest
 
     def infer(self, patch_BHW: Patches) -> Maps:
-        """Maps (B, *manifest.map_shape) of patches (B, n, n), both float32, for any B ≥ 0.
+        """Maps (B, *manifest.map_shape) of patches (B, *manifest.patch_shape), for any B ≥ 0.
 
-        The patches stay the caller's and are only read; the maps are a new array, the caller's
-        own. More than `manifest.max_batch` patches are inferred in parts. Raises ValueError for
-        another shape or type.
+        Both are float32. The patches stay the caller's and are only read; the maps are a new
+        array, the caller's own. More than `manifest.max_batch` patches are inferred in parts.
+        Raises ValueError for another shape or type.
         """
-        n = self.manifest.size_px
-        if patch_BHW.ndim != 3 or patch_BHW.shape[1:] != (n, n) or patch_BHW.dtype != np.float32:
+        shape = self.manifest.patch_shape
+        if patch_BHW.shape[1:] != shape or patch_BHW.dtype != np.float32:
             raise ValueError(
-                f"patches must be float32 (B, {n}, {n}), got {patch_BHW.dtype} {patch_BHW.shape}"
+                f"patches must be float32 (B, {', '.join(map(str, shape))}), "
+                f"got {patch_BHW.dtype} {patch_BHW.shape}"
             )
         patch_BHW = np.ascontiguousarray(patch_BHW)
         map_BHW = np.empty((len(patch_BHW), *self.manifest.map_shape), np.float32)

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engines.errors import EngineError, first_fault
-from engines.scaling import Scaling
+from engines.scaling import Plane, Scaling
 
 SIGMA_TOLERANCE = 0.15
 """A sensor's σ may differ by this share: field engines are trained on ±10 %."""
@@ -47,6 +47,9 @@ class SensorNeeds(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     sigma_px: float | None = Field(None, gt=0.0)
+    sigma_range_px: tuple[float, float] | None = Field(
+        None, description="of a network that is told the sensor's σ"
+    )
     full_scale: int | None = Field(None, ge=1)
     noiseless: bool | None = None
 
@@ -58,15 +61,29 @@ class SensorNeeds(BaseModel):
     def mismatches(self, sensor: SensorLike) -> list[str]:
         """What does not fit, e.g. "made for sigma_px 0.5, the sensor has 0.8"; empty if all does.
 
-        sigma_px may differ by SIGMA_TOLERANCE of the engine's; the other fields must be equal.
+        sigma_px may differ by SIGMA_TOLERANCE of the engine's and must lie in sigma_range_px; the
+        other fields must be equal.
         """
         found = []
         for name, wanted in self.model_dump(exclude_none=True).items():
-            has = getattr(sensor, name)
-            near = name == "sigma_px" and abs(has - wanted) <= SIGMA_TOLERANCE * wanted
-            if has != wanted and not near:
-                found.append(f"made for {name} {_plain(wanted)}, the sensor has {_plain(has)}")
+            has = getattr(sensor, "sigma_px" if name == "sigma_range_px" else name)
+            if not _serves(name, wanted, has):
+                found.append(f"made for {_said(name, wanted)}, the sensor has {_plain(has)}")
         return found
+
+
+def _serves(name: str, wanted: Any, has: float | bool) -> bool:
+    if name == "sigma_px":
+        return bool(abs(has - wanted) <= SIGMA_TOLERANCE * wanted)
+    if name == "sigma_range_px":
+        return bool(wanted[0] <= has <= wanted[1])
+    return bool(has == wanted)
+
+
+def _said(name: str, wanted: Any) -> str:
+    if name == "sigma_range_px":
+        return f"sigma_px {wanted[0]:g} to {wanted[1]:g}"
+    return f"{name} {_plain(wanted)}"
 
 
 def _plain(value: float | bool) -> str:
@@ -76,8 +93,8 @@ def _plain(value: float | bool) -> str:
 class Manifest(BaseModel):
     """Everything there is to know of an engine; unknown fields are errors.
 
-    Patches (B, size_px, size_px) and maps (B, *map_shape) are float32, intensities in network
-    units (see engines/scaling.py); `output` says what the map holds of each cell.
+    Patches (B, *patch_shape) and maps (B, *map_shape) are float32, intensities in network units
+    (see engines/scaling.py); `output` says what the map holds of each cell.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -88,6 +105,7 @@ class Manifest(BaseModel):
     size_px: int = Field(ge=3, le=255)
     c: int = Field(description="sub-pixel division: each pixel is c × c cells")
     sigma_px: float = Field(gt=0.0, description="PSF the network computes with, px")
+    planes: tuple[Plane, ...] = ("signal",)
     output: Output = "intensity-map"
     scaling: Scaling
     sensor: SensorNeeds
@@ -106,6 +124,12 @@ class Manifest(BaseModel):
     onnx_sha256: str = Sha256
     weights_sha256: str = Sha256
     versions: dict[str, str] = Field(description="library → version it was made with")
+
+    @property
+    def patch_shape(self) -> tuple[int, ...]:
+        """Of what is given of one patch: (size_px, size_px), with the planes first if several."""
+        image = (self.size_px, self.size_px)
+        return image if self.planes == ("signal",) else (len(self.planes), *image)
 
     @property
     def map_shape(self) -> tuple[int, ...]:

@@ -11,7 +11,6 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,9 +23,9 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
 from pipeline.formats.csist import read_csist, save_csist, write_csist
-from pipeline.physics.grid import cell_index, target_map
+from pipeline.physics.grid import cell_index
 from pipeline.physics.groups import PROFILES
-from trainer import cli
+from trainer import cli, registry
 from trainer.curves import draw_curves, draw_picture
 from trainer.data import DatasetPairs
 from trainer.errors import TrainerError, TrainingFailed
@@ -34,7 +33,7 @@ from trainer.fit import INITIAL_PAIRS, Run, averaged_weights, fit, load_checkpoi
 from trainer.fit_config import FitConfig, read_fit_config
 from trainer.progress import patches_per_s
 
-ON_GRID = partial(target_map, size=11, c=3)
+ON_GRID = registry.build("ista", {})
 CONFIG = FitConfig(
     settings={"stages": 1, "channels": 2, "hidden": 4},
     samples=48,

@@ -1,6 +1,5 @@
 """Every network: its size, that patches do not mix, that it learns, that it survives export."""
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import torch
 from conftest import small_training
 
-from pipeline.physics.grid import sampling_matrix, target_map
+from pipeline.physics.grid import sampling_matrix
 from pipeline.physics.groups import PROFILES
 from trainer import registry
 from trainer.data import TorchRandom, training_pairs
@@ -28,6 +27,7 @@ TRAINED = {
     "FOCUS": ("focus", {"channels": 8}),
     "SRFBN": ("srfbn", {"features": 4, "groups": 2}),
     "off the grid": ("off_grid", {"channels": 8, "blocks": 1}),
+    "off the grid, any sensor": ("off_grid_any", {"channels": 8, "blocks": 1, "hidden": 4}),
     "SAN": ("san", {"groups": 2, "blocks": 1, "features": 16, "reduction": 2}),
 }
 SOLVER = {"ISTA": ("ista", {"iterations": 20})}
@@ -44,16 +44,17 @@ def small_network(title: str, c: int = 3) -> UnmixingNetwork:
     name, settings = ALL[title]
     torch.manual_seed(4)
     network = registry.build(name, {**settings, "c": c})
-    network.fit_initial(*pairs(500, c=c))
+    network.fit_initial(*pairs(500, network=network))
     return network
 
 
 def pairs(
-    number: int, seed: int = 1, c: int = 3, network: UnmixingNetwork | None = None
+    number: int, seed: int = 1, network: UnmixingNetwork | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a network is trained on; without one, what most are: the patch and the map."""
     profile, rng = PROFILES["csist-100k"], TorchRandom(seed)
-    truth_of = network.truth if network else partial(target_map, size=11, c=c)
-    return training_pairs(profile, number, truth_of, "full_scale", rng, crowded=False)
+    learner = network or registry.build("ista", {})
+    return training_pairs(profile, number, learner, "full_scale", rng, crowded=False)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,7 @@ def pairs(
         ("dscs_net", 126_398),
         # and these are ours
         ("off_grid", 170_271),
+        ("off_grid_any", 177_263),
         ("ista", 0),
     ],
 )
@@ -89,14 +91,14 @@ def test_map_has_c_by_c_cells_a_pixel(title: str, c: int) -> None:
     with torch.no_grad():
         network = small_network(title, c)
         per_cell = (7,) if network.output == "cell-targets" else ()
-        assert network(torch.rand(2, 11, 11)).shape == (2, *per_cell, 11 * c, 11 * c)
+        assert network(pairs(2, network=network)[0]).shape == (2, *per_cell, 11 * c, 11 * c)
 
 
 @pytest.mark.parametrize("title", ALL)
 def test_output_does_not_depend_on_batch_mates(title: str) -> None:
     network = small_network(title)
-    patch, _ = pairs(8)
-    others, _ = pairs(8, seed=2)
+    patch, _ = pairs(8, network=network)
+    others, _ = pairs(8, seed=2, network=network)
     with torch.no_grad():
         first = network(patch)[0]
         among_others = network(torch.cat([others, patch[:1]]))[-1]
@@ -106,7 +108,7 @@ def test_output_does_not_depend_on_batch_mates(title: str) -> None:
 @pytest.mark.parametrize("title", ALL)
 def test_gradient_does_not_depend_on_batch_mates(title: str) -> None:
     network = small_network(title)
-    patch, _ = pairs(3)
+    patch, _ = pairs(3, network=network)
     patch.requires_grad_(True)
     network(patch)[0].sum().backward()
     assert patch.grad is not None
@@ -148,7 +150,7 @@ def test_onnx_gives_the_same_maps_at_any_batch(title: str, tmp_path: Path) -> No
     assert all(not node.metadata_props for node in onnx.load(path).graph.node)
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for number in (1, 2, 7):
-        patch, _ = pairs(number, seed=number)
+        patch, _ = pairs(number, seed=number, network=network)
         with torch.no_grad():
             expected = network(patch).numpy()
         found = compiled(patch.numpy())[0]

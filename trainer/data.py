@@ -1,6 +1,6 @@
 """Training pairs: drawn on the device as the network trains, or taken from a fixed dataset."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,10 +18,10 @@ from pipeline.physics.measurement import measure
 from pipeline.physics.psf import render
 from trainer.errors import TrainerError
 from trainer.fit_config import FitConfig
+from trainer.network import UnmixingNetwork
 from trainer.units import to_network_units
 
-TruthOf = Callable[[Tensor, Tensor], Tensor]
-"""`UnmixingNetwork.truth`: positions (B, K, 2) px and intensities (B, K) to what is learnt."""
+BLIND_MARGIN_PX = 2
 
 
 class TorchRandom:
@@ -52,13 +52,14 @@ class Pairs(Protocol):
 class DrawnPairs:
     """Drawn as the network trains: no disk, no epoch, no repeats.
 
-    The first `crowded_share` of the run is on crowded patches.
+    The first `crowded_share` of the run is on crowded patches. For a range of sensors each batch
+    is of another σ, uniform in its logarithm.
     """
 
     def __init__(
-        self, config: FitConfig, profile: Profile, truth_of: TruthOf, rng: TorchRandom
+        self, config: FitConfig, profile: Profile, network: UnmixingNetwork, rng: TorchRandom
     ) -> None:
-        self._config, self._profile, self._truth_of, self._rng = config, profile, truth_of, rng
+        self._config, self._profile, self._network, self._rng = config, profile, network, rng
 
     def initial(self, number: int) -> tuple[Tensor, Tensor]:
         """`number` pairs as the profile has them."""
@@ -70,8 +71,13 @@ class DrawnPairs:
         return self._draw(config.batch, crowded=step < config.crowded_share * config.steps)
 
     def _draw(self, number: int, *, crowded: bool) -> tuple[Tensor, Tensor]:
+        profile = self._profile
+        if profile.sigma_range_px is not None:
+            low, high = profile.sigma_range_px
+            share = float(self._rng.uniform((1,)))
+            profile = profile.at_sigma(low * (high / low) ** share)
         return training_pairs(
-            self._profile, number, self._truth_of, self._config.scaling, self._rng, crowded=crowded
+            profile, number, self._network, self._config.scaling, self._rng, crowded=crowded
         )
 
 
@@ -82,11 +88,13 @@ class DatasetPairs:
     Raises TrainerError for a dataset without images or of another sensor than the profile's.
     """
 
-    def __init__(self, config: FitConfig, profile: Profile, truth_of: TruthOf, device: str) -> None:
+    def __init__(
+        self, config: FitConfig, profile: Profile, network: UnmixingNetwork, device: str
+    ) -> None:
         path = Path(str(config.dataset))
         dataset = read_csist(path)
         _check_sensor(path, dataset, profile)
-        self._config, self._profile, self._truth_of = config, profile, truth_of
+        self._config, self._profile, self._network = config, profile, network
         self._patch = torch.tensor(dataset.image.astype(np.float32), device=device)
         self._xy_px = torch.tensor(dataset.target_xy_px, device=device).nan_to_num(0.0)
         self._intensity = torch.tensor(dataset.target_intensity, device=device).nan_to_num(0.0)
@@ -113,7 +121,7 @@ class DatasetPairs:
             self._xy_px[rows],
             self._intensity[rows],
             self._profile,
-            self._truth_of,
+            self._network,
             self._config.scaling,
         )
 
@@ -145,24 +153,29 @@ def _check_sensor(path: Path, dataset: CsistDataset, profile: Profile) -> None:
 def training_pairs(
     profile: Profile,
     number: int,
-    truth_of: TruthOf,
+    network: UnmixingNetwork,
     scaling: Scaling,
     rng: TorchRandom,
     *,
     crowded: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`number` patches (B, n, n) and what a network is to make of them, both in network units.
+    """`number` patches as the network sees them, and what it is to make of them.
 
     crowded: four groups a patch, one in each quadrant at least a pixel from the next. Most of a
     patch is empty and the transforms are local, so a crowded patch teaches nearly four times as
-    much; a run starts crowded and ends on patches as the profile has them.
+    much; a run starts crowded and ends on patches as the profile has them. Groups too wide for a
+    quadrant are drawn one a patch.
     """
-    groups = _crowd(profile, number, rng) if crowded else draw_groups(profile, number, rng)
+    fits = 2.0 * profile.half_width_px <= SIZE_PX // 2 / 2.0
+    groups = _crowd(profile, number, rng) if crowded and fits else draw_groups(profile, number, rng)
     mean = profile.background + render(
         groups.xy_px, groups.intensity, (SIZE_PX, SIZE_PX), groups.sigma_px[:, None]
     )
     patch = measure(mean, profile.sensor, rng)
-    return in_network_units(patch, groups.xy_px, groups.intensity, profile, truth_of, scaling)
+    usable = draw_usable(number, profile.blind_share, rng) if profile.blind_share else None
+    return in_network_units(
+        patch, groups.xy_px, groups.intensity, profile, network, scaling, usable
+    )
 
 
 def in_network_units(
@@ -170,20 +183,35 @@ def in_network_units(
     xy_px: Tensor,
     intensity: Tensor,
     profile: Profile,
-    truth_of: TruthOf,
+    network: UnmixingNetwork,
     scaling: Scaling,
+    usable_BHW: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Measured patches (B, n, n) and their targets, in counts → the pairs a network learns.
 
     xy_px (B, K, 2) px and intensity (B, K) counts, padded with zero.
     """
-    patch, unit = to_network_units(
+    seen = to_network_units(
         patch_BHW,
+        profile.sensor,
+        scaling,
         background=profile.background > 0.0,
-        scaling=scaling,
-        full_scale=profile.sensor.full_scale,
+        planes=network.planes,
+        usable_BHW=usable_BHW,
     )
-    return patch, truth_of(xy_px, intensity / unit[:, None])
+    return seen.patch, network.truth(xy_px, intensity / seen.unit[:, None])
+
+
+def draw_usable(number: int, share: float, rng: TorchRandom) -> Tensor:
+    """Usable pixels (B, n, n): in `share` of the patches one or two of the inner ones are not."""
+    inner = SIZE_PX - 2 * BLIND_MARGIN_PX
+    place = BLIND_MARGIN_PX + torch.floor(inner * rng.uniform((number, 2, 2))).long()
+    chance = rng.uniform((number,))
+    usable = torch.ones(number, SIZE_PX, SIZE_PX, dtype=torch.bool, device=chance.device)
+    for pixel, blind in enumerate((chance < share, chance < share / 2.0)):
+        rows = torch.nonzero(blind)[:, 0]
+        usable[rows, place[rows, pixel, 1], place[rows, pixel, 0]] = False
+    return usable
 
 
 def _crowd(profile: Profile, number: int, rng: TorchRandom) -> Groups:

@@ -136,19 +136,19 @@ def unmix(
     for start in range(0, len(dataset), _PATCHES_AT_ONCE):
         part = slice(start, start + _PATCHES_AT_ONCE)
         counts = dataset.image[part].astype(np.float32)
-        signal, unit = to_network_units(
+        patch, unit, background = to_network_units(
             counts,
+            dataset.sensor,
+            manifest.scaling,
             background=dataset.background > 0.0,
-            scaling=manifest.scaling,
-            full_scale=dataset.sensor.full_scale,
+            planes=manifest.planes,
         )
         began = time.perf_counter()
-        maps = engine.infer(signal)
+        maps = engine.infer(patch)
         read = read_maps(maps, unit, manifest.output, manifest.c, manifest.detection_threshold)
         if refined:
-            background = (counts - signal * unit[:, None, None]).astype(np.float64)
             usable = np.ones(counts.shape, dtype=np.bool_)
-            window = Window(counts.astype(np.float64), background, usable)
+            window = Window(counts.astype(np.float64), background.astype(np.float64), usable)
             read = refine(window, read, dataset.sensor)
         seconds += time.perf_counter() - began
         found += detections(read, len(counts))

@@ -87,12 +87,13 @@ def export(network: str, checkpoint: Path, out_dir: Path, name: str) -> tuple[Ma
 
 
 def write_onnx(network: UnmixingNetwork, path: Path) -> None:
-    """The network as one ONNX file: `patch` (B, n, n) → `map` (B, *map_shape), B dynamic.
+    """The network as one ONNX file: `patch` (B, *patch_shape) → `map` (B, *map_shape), B dynamic.
 
     What the exporter notes about the source code (paths, lines) is left out.
     """
     n = network.config.size_px
-    example = torch.zeros(2, n, n)
+    planes = () if network.planes == ("signal",) else (len(network.planes),)
+    example = torch.zeros(2, *planes, n, n)
     with _quiet():
         program = torch.onnx.export(
             network,
@@ -124,13 +125,14 @@ def parity(engine: Engine, network: UnmixingNetwork, profile: Profile, scaling: 
     Relative where torch's value is above 1: off the grid maps hold pixels and sigmas.
     """
     patch, _ = draw_patches(profile, PARITY_PATCHES, TorchRandom(VALIDATION_SEED))
-    signal, _ = to_network_units(
+    seen = to_network_units(
         patch,
+        profile.sensor,
+        scaling,
         background=profile.background > 0.0,
-        scaling=scaling,
-        full_scale=profile.sensor.full_scale,
+        planes=network.planes,
     )
-    patches = signal.float().numpy()
+    patches = seen.patch.float().numpy()
     with TrainedNetwork(engine.manifest, network) as reference:
         wanted = reference.infer(patches)
     difference = np.abs(engine.infer(patches) - wanted) / np.maximum(1.0, np.abs(wanted))
@@ -140,11 +142,13 @@ def parity(engine: Engine, network: UnmixingNetwork, profile: Profile, scaling: 
 def sensor_needs(profile: Profile, scaling: Scaling) -> SensorNeeds:
     """What a network trained on this profile asks of a sensor.
 
-    Always its σ; its full scale if that is the unit; and no noise if it has never seen any.
+    Always its σ, or the range of those it was told; its full scale if that is the unit; and no
+    noise if it has never seen any.
     """
     sensor = profile.sensor
     return SensorNeeds(
-        sigma_px=sensor.sigma_px,
+        sigma_px=None if profile.sigma_range_px else sensor.sigma_px,
+        sigma_range_px=profile.sigma_range_px,
         full_scale=sensor.full_scale if scaling == "full_scale" else None,
         noiseless=True if sensor.noiseless else None,
     )
@@ -157,6 +161,7 @@ def _facts(config: FitConfig, network: UnmixingNetwork, record: dict[str, float]
         "settings": network.config.model_dump(mode="json"),
         "size_px": network.config.size_px,
         "c": network.config.c,
+        "planes": network.planes,
         "output": network.output,
         "sigma_px": network.config.sigma_px,
         "scaling": config.scaling,

@@ -77,10 +77,9 @@ class Run:
             ) from error
 
     def _pairs(self) -> Pairs:
-        truth_of = self.network.truth
         if self.config.dataset is None:
-            return DrawnPairs(self.config, self.profile, truth_of, self.rng)
-        return DatasetPairs(self.config, self.profile, truth_of, self.device)
+            return DrawnPairs(self.config, self.profile, self.network, self.rng)
+        return DatasetPairs(self.config, self.profile, self.network, self.device)
 
     def save(self) -> None:
         """Write log, then checkpoint, each beside the old one it replaces: a kill leaves one whole.
@@ -188,6 +187,7 @@ class Run:
         config = self.config
         return held_out_cso_map(
             self.average,
+            self.network.planes,
             self.network.output,
             self.network.config.c,
             self.profile,

@@ -5,17 +5,21 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from engines.manifest import Output
+from engines.scaling import Plane
 from pipeline.physics.grid import target_map
 
 
 class UnmixingNetwork(nn.Module):
     """Patch in network units (B, n, n) → what `output` says of each of its c × c cells a pixel.
 
+    A network of several `planes` takes (B, planes, n, n), see engines/scaling.py.
+
     "intensity-map": the intensity in the cell (B, cn, cn), in network units; "cell-targets": see
     `pipeline.physics.cell_targets` (B, 7, cn, cn).
     """
 
     config: Any  # the nested Config, with at least size_px, c and sigma_px
+    planes: ClassVar[tuple[Plane, ...]] = ("signal",)
     output: ClassVar[Output] = "intensity-map"
     trained: ClassVar[bool] = True
     """False: a solver, which has no weights."""

@@ -86,6 +86,7 @@ def load_solver(name: str, settings: dict[str, Any]) -> TrainedNetwork:
         settings=config.model_dump(mode="json"),
         size_px=config.size_px,
         c=config.c,
+        planes=network.planes,
         sigma_px=config.sigma_px,
         output=network.output,
         scaling="full_scale",

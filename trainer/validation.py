@@ -3,7 +3,7 @@
 import torch
 
 from engines.manifest import Output
-from engines.scaling import Scaling
+from engines.scaling import Plane, Scaling
 from pipeline.physics.groups import Profile, draw_patches
 from trainer.data import TorchRandom
 from trainer.fit_config import DETECTION_THRESHOLD, VALIDATION_SEED
@@ -16,6 +16,7 @@ _PATCHES_AT_ONCE = 256
 
 def held_out_cso_map(
     network: torch.nn.Module,
+    planes: tuple[Plane, ...],
     output: Output,
     c: int,
     profile: Profile,
@@ -25,14 +26,11 @@ def held_out_cso_map(
 ) -> CsoMap:
     """CSO-mAP of a network on `samples` held-out patches of the profile, always the same."""
     patch, groups = draw_patches(profile, samples, TorchRandom(VALIDATION_SEED))
-    signal, unit = to_network_units(
-        patch,
-        background=profile.background > 0.0,
-        scaling=scaling,
-        full_scale=profile.sensor.full_scale,
+    seen, unit, _ = to_network_units(
+        patch, profile.sensor, scaling, background=profile.background > 0.0, planes=planes
     )
     with torch.no_grad():
-        maps = [network(part.to(device)).cpu() for part in signal.split(_PATCHES_AT_ONCE)]
+        maps = [network(part.to(device)).cpu() for part in seen.split(_PATCHES_AT_ONCE)]
     maps_B = torch.cat(maps).float().numpy()
     read = read_maps(maps_B, unit.numpy(), output, c, DETECTION_THRESHOLD)
     true = [

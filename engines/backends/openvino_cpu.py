@@ -38,9 +38,8 @@ class OpenvinoCpu(Engine):
         _check_shapes(network, manifest, model)
         compiled = openvino.compile_model(network, "CPU", properties)
         self._request = compiled.create_infer_request()
-        n = manifest.size_px
         for batch in sorted({1, manifest.max_batch}):
-            self.infer(np.zeros((batch, n, n), np.float32))
+            self.infer(np.zeros((batch, *manifest.patch_shape), np.float32))
 
     def _infer_into(self, map_BHW: Maps, patch_BHW: Patches) -> None:
         if self._request is None:
@@ -56,9 +55,8 @@ class OpenvinoCpu(Engine):
 
 def _check_shapes(network: Any, manifest: Manifest, model: Path) -> None:
     """Refuse a model whose patches or maps are not what the manifest says."""
-    n = manifest.size_px
     sides = (
-        ("takes patches", network.inputs, (n, n)),
+        ("takes patches", network.inputs, manifest.patch_shape),
         ("gives maps", network.outputs, manifest.map_shape),
     )
     for what, ports, shape in sides:
@@ -67,7 +65,8 @@ def _check_shapes(network: Any, manifest: Manifest, model: Path) -> None:
         if len(ports) != 1 or not ports[0].partial_shape.same_scheme(wanted):
             raise EngineError(
                 f"{model}: {what} of shape {', '.join(shapes)}, its manifest says {wanted} "
-                f"(size_px {n}, c {manifest.c}); export it again with `trainer export`"
+                f"(size_px {manifest.size_px}, c {manifest.c}); "
+                "export it again with `trainer export`"
             )
 
 

@@ -30,7 +30,10 @@ class Profile:
     pixel_range: first and last pixel, along both axes, the group's square may be centred on.
     half_width_px: half the side of that square. intensity: lowest and highest, counts.
     log_uniform: intensity uniform in its logarithm. sigma_spread: σ of each patch is uniform
-    within ± this share of the sensor's. background: counts.
+    within ± this share of the sensor's. background: counts. fewest: targets a patch, at least.
+    brightness: factor on all intensities of a patch, lowest and highest, uniform in its logarithm.
+    sigma_range_px: of the sensors a network is trained for, if for more than one. blind_share: of
+    the patches that have unusable pixels, in training.
     """
 
     name: str
@@ -42,13 +45,18 @@ class Profile:
     log_uniform: bool = False
     sigma_spread: float = 0.0
     background: float = 0.0
+    fewest: int = 1
+    brightness: tuple[float, float] = (1.0, 1.0)
+    sigma_range_px: tuple[float, float] | None = None
+    blind_share: float = 0.0
 
     def at_sigma(self, sigma_px: float) -> "Profile":
-        """The same groups for a sensor of another σ, as far apart in Rayleigh distances."""
+        """The same groups for a sensor of another σ: as large and as far apart, measured in σ."""
         scale = sigma_px / self.sensor.sigma_px
         return replace(
             self,
             sensor=replace(self.sensor, sigma_px=sigma_px),
+            half_width_px=self.half_width_px * scale,
             separation_px=self.separation_px * scale,
         )
 
@@ -70,6 +78,20 @@ PROFILES = {
             sigma_spread=0.1,
             background=1000.0,
         ),
+        Profile(
+            "sensors",
+            Sensor(id="sensors", sigma_px=0.5, full_scale=16383, read_noise=6.0, gain=8.0),
+            pixel_range=(3, 7),
+            intensity=(300.0, 3000.0),
+            half_width_px=1.0,
+            log_uniform=True,
+            sigma_spread=0.1,
+            background=1000.0,
+            fewest=0,
+            brightness=(0.4, 15.0),
+            sigma_range_px=(0.4, 1.2),
+            blind_share=0.15,
+        ),
     )
 }
 
@@ -77,7 +99,7 @@ PROFILES = {
 class Groups(NamedTuple):
     """Groups on patches, padded with intensity 0 and position 0 to MAX_TARGETS."""
 
-    count: Array  # (B,) 1…MAX_TARGETS
+    count: Array  # (B,) 0…MAX_TARGETS
     xy_px: Array  # (B, K, 2)
     intensity: Array  # (B, K) counts
     sigma_px: Array  # (B,) of the PSF that patch was seen through
@@ -112,10 +134,11 @@ def draw_arrangements(
 def draw_groups(
     profile: Profile, number: int, rng: Random, max_targets: int = MAX_TARGETS
 ) -> Groups:
-    """Draw `number` groups; counts are uniform over 1…max_targets, in random order."""
+    """Draw `number` groups; counts are uniform over fewest…max_targets, in random order."""
     draw = rng.uniform((number,))
     xp = array_namespace(draw)
-    count = xp.astype(xp.floor(draw * max_targets), xp.int64) + 1
+    counts = max_targets + 1 - profile.fewest
+    count = xp.astype(xp.floor(draw * counts), xp.int64) + profile.fewest
     offset = xp.zeros((number, MAX_TARGETS, 2), dtype=draw.dtype, device=device(draw))
     for targets in range(1, max_targets + 1):
         chosen = xp.nonzero(count == targets)[0]
@@ -128,6 +151,9 @@ def draw_groups(
     low, high = profile.intensity
     share = rng.uniform((number, MAX_TARGETS))
     intensity = low * (high / low) ** share if profile.log_uniform else low + (high - low) * share
+    dimmest, brightest = profile.brightness
+    if brightest > dimmest:
+        intensity = intensity * dimmest * (brightest / dimmest) ** rng.uniform((number, 1))
     present = xp.arange(MAX_TARGETS, device=device(count)) < count[:, None]
     spread = profile.sigma_spread * (2.0 * rng.uniform((number,)) - 1.0)
     return Groups(

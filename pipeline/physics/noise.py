@@ -1,5 +1,7 @@
 """Noise of a measured count about its expectation."""
 
+import math
+
 from array_api_compat import array_namespace
 
 from pipeline.physics.arrays import Array
@@ -18,3 +20,13 @@ def analogue_variance(mean: Array, sensor: Sensor) -> Array:
     """`variance` before rounding: read² + max(m, 0)/gain, DN²."""
     xp = array_namespace(mean)
     return sensor.read_noise**2 + xp.clip(mean, 0.0, None) / sensor.gain
+
+
+def pixel_noise(counts: Array, usable: Array, sensor: Sensor) -> Array:
+    """Standard deviation of each measured count, DN; infinite where it says nothing of the light.
+
+    That is where a pixel is not usable or stands at full scale.
+    """
+    xp = array_namespace(counts)
+    known = usable & (counts < sensor.full_scale)
+    return xp.where(known, xp.sqrt(variance(counts, sensor)), xp.full_like(counts, math.inf))

@@ -8,11 +8,12 @@ from pydantic import Field
 
 from engines.base import Engine, Maps, Options
 from engines.loader import load
-from engines.scaling import network_unit
+from engines.scaling import network_input, network_unit
 from pipeline.component import Context, Settings, Stage
 from pipeline.messages import Flag, Patches, Unmixed
 from pipeline.physics.cell_targets import read_cell_targets
 from pipeline.physics.grid import Peaks, local_maxima
+from pipeline.physics.noise import pixel_noise
 from pipeline.physics.sensor import Sensor
 
 MAX_PEAKS = 16
@@ -55,8 +56,10 @@ class Unmix(Stage[Patches, Unmixed]):
         manifest = self._engine.manifest
         signal = np.where(message.usable_BHW, message.counts_BHW - message.background_BHW, 0.0)
         signal = signal.astype(np.float32)
+        noise = pixel_noise(message.counts_BHW.astype(np.float32), message.usable_BHW, self._sensor)
         unit = network_unit(signal, manifest.scaling, self._sensor.full_scale)
-        maps = self._engine.infer(signal / unit[:, None, None])
+        patch = network_input(signal, noise, self._sensor.sigma_px, unit, manifest.planes)
+        maps = self._engine.infer(patch)
         peaks = self._read(maps)
         number = np.bincount(peaks.image, minlength=len(maps))
         if (number > MAX_PEAKS).any():

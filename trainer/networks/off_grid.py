@@ -98,11 +98,15 @@ class OffGrid(UnmixingNetwork):
 
     def _raw(self, patch_BHW: Tensor) -> Tensor:
         """Log-odds; offsets from the cell's centre in cells; intensity; log of Laplace scales."""
+        return F.pixel_shuffle(self.head(self._features(patch_BHW)), self.config.c)
+
+    def _features(self, patch_BHW: Tensor) -> Tensor:
+        """(B, channels, n, n)."""
         saturated = (patch_BHW >= 1.0).to(patch_BHW.dtype)
         features = F.relu(self.first(torch.stack([patch_BHW, saturated], dim=1)))
         for block in self.blocks:
             features = block(features)
-        return F.pixel_shuffle(self.head(features), self.config.c)
+        return features
 
 
 class _Block(nn.Module):
