@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from scipy.stats import binomtest, chisquare, ks_2samp, kstest
+from scipy.stats import binomtest, chisquare, ks_2samp, kstest, trapezoid
 
 from pipeline.physics.arrays import NumpyRandom
 from pipeline.physics.groups import (
