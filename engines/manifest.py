@@ -16,6 +16,9 @@ SIGMA_TOLERANCE = 0.15
 Output = Literal["intensity-map", "cell-targets"]
 """What a network says of each cell: its intensity, or the target in it (7 channels)."""
 
+UNMEASURED_SPREAD = (0.05, 0.05)
+"""Of the count, where it was not measured; see `Manifest.count_spread`."""
+
 CHANNELS = 7
 """Of cell-targets: probability, x, y, intensity, and the sigmas of these three."""
 
@@ -112,6 +115,9 @@ class Manifest(BaseModel):
     detection_threshold: float = Field(gt=0.0, description="network units")
     separate: float = Field(
         ge=0.0, le=1.0, description="a peak has this share of its largest neighbour; 0: any cell"
+    )
+    count_spread: tuple[float, float] = Field(
+        UNMEASURED_SPREAD, description="of cell-targets: variance of the count, a + b Σ p(1 − p)"
     )
     max_batch: int = Field(16, ge=1, le=4096, description="patches inferred at a time")
     profile: str = Field(description="data it was trained on")

@@ -46,6 +46,7 @@ class SensorSettings(Settings):
     read_noise: float | None = Field(None, ge=0.0, le=1e6)
     gain: float | None = Field(None, gt=0.0, le=1e9)
     ifov_rad: float | None = Field(None, gt=0.0)
+    sigma_error: float | None = Field(None, ge=0.0, le=0.5)
     bad_pixels: Path | None = Field(None, description="PNG of the frame's size, not 0 = bad")
 
     def overrides(self) -> dict[str, Any]:

@@ -28,6 +28,8 @@ class Flag(IntFlag):
     OVERFLOW = 32  # left out: more blobs in the frame than detect.max_blobs
     CLUTTER = 64  # its surroundings are no plane (horizon, building): never unmixed
     CROWDED = 128  # more peaks in its window than are kept
+    MISFIT = 256  # no group of point sources explains its counts
+    UNCONVERGED = 512  # its fit found no maximum; the network's answer is given
 
     @property
     def names(self) -> list[str]:
@@ -108,6 +110,7 @@ class Unmixed:
     p_exist: NDArray[np.float64]  # (M,) this and the next two: NaN where the method does not say
     cov_px2: NDArray[np.float64]  # (M, 3) xx, xy, yy
     intensity_sigma: NDArray[np.float64]  # (M,) counts
+    joint_px2: NDArray[np.float64]  # (B, 2K, 2K) of x, y of a patch's refined targets, NaN: unsaid
     cell_px: float  # what a position is good for where there is no covariance
     engine: str  # hash of the engine that found them
     source: str  # name of the method the positions come from
@@ -136,6 +139,7 @@ class TargetReport:
     flags: NDArray[np.uint16]  # (M,)
     bbox_px: NDArray[np.int32]  # (N, 4)
     count_posterior: NDArray[np.float64]  # (N, 6) over 0, 1, …, 4, 5 or more
+    joint_px2: NDArray[np.float64]  # (N, 2K, 2K) of x, y of a group's targets, NaN: not known
     group_flags: NDArray[np.uint16]  # (N,)
 
 
@@ -198,8 +202,10 @@ class TargetColumns(_Columns):
 class GroupColumns(_Columns):
     """One entry a group in every column.
 
-    A group may be without targets: its flags say that it was not unmixed (extended, clutter,
-    overflow), otherwise nothing significant was found in it.
+    joint_cov_px2: upper triangle, row by row, of the covariance of x, y of its first target, x, y
+    of its second, …; empty where the method does not say. A group may be without targets: its
+    flags say that it was not unmixed (extended, clutter, overflow), otherwise nothing significant
+    was found in it.
     """
 
     id: list[int]
@@ -207,6 +213,7 @@ class GroupColumns(_Columns):
     count_posterior: list[
         Annotated[list[Probability], Field(min_length=MAX_COUNT + 1, max_length=MAX_COUNT + 1)]
     ]
+    joint_cov_px2: list[list[Finite]]
     flags: list[list[str]]
 
 
@@ -291,6 +298,13 @@ def check_wire(message: Any) -> Wire:
     return WIRE_MODELS[schema].model_validate(message)
 
 
+def _upper_triangle(joint_px2: NDArray[np.float64]) -> list[float]:
+    """Row by row, what is known of a covariance padded with NaN."""
+    number = int(np.sum(~np.isnan(np.diagonal(joint_px2))))
+    values: list[float] = joint_px2[np.triu_indices(number)].tolist()
+    return values
+
+
 def targets_message(
     report: TargetReport, *, stage_ns: dict[str, int], age_ns: int, gap: list[int], config: str
 ) -> dict[str, Any]:
@@ -323,6 +337,7 @@ def targets_message(
             "id": list(range(len(report.bbox_px))),
             "bbox": report.bbox_px.tolist(),
             "count_posterior": report.count_posterior.tolist(),
+            "joint_cov_px2": [_upper_triangle(joint) for joint in report.joint_px2],
             "flags": [Flag(flags).names for flags in report.group_flags.tolist()],
         },
         "stage_ns": stage_ns,

@@ -47,6 +47,7 @@ def unmixed() -> Unmixed:
         p_exist=np.array([1.0, 0.9]),
         cov_px2=np.array([[0.01, 0.0, 0.02], [np.nan] * 3]),
         intensity_sigma=np.array([2.0, np.nan]),
+        joint_px2=np.array([[[0.01, 0.0], [0.0, 0.02]], *[[[np.nan] * 2] * 2] * 2]),
         cell_px=1 / 3,
         engine="abc",
         source="net",

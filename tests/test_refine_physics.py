@@ -6,10 +6,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from pipeline.physics.arrays import NumpyRandom
 from pipeline.physics.bounds import cramer_rao, fisher_information
-from pipeline.physics.fit import Groups, Window, fit
+from pipeline.physics.candidates import Candidates
+from pipeline.physics.fit import Groups, Priors, Window, fit
 from pipeline.physics.measurement import measure
 from pipeline.physics.psf import render
-from pipeline.physics.refine import Candidates, refine
+from pipeline.physics.refine import refine
 from pipeline.physics.sensor import Sensor
 
 SENSOR = Sensor(sigma_px=0.5, full_scale=16383, read_noise=6.0, gain=8.0)
@@ -23,14 +24,14 @@ def windows(group, number, seed=1):
     return Window(counts, np.full_like(counts, LEVEL), np.ones(counts.shape, bool))
 
 
-def said(group, number, rng, sigma_px=0.05, sigma_counts=100.0):
+def said(group, number, rng, sigma_px=0.05, sigma_counts=100.0, p_exist=0.9):
     """What a network with honest sigmas would say of each patch."""
     table = np.repeat(group[None], number, axis=0)
     table = table + rng.normal(size=table.shape) * [sigma_px, sigma_px, sigma_counts]
     patch = np.repeat(np.arange(number), len(group))
     rows = table.reshape(-1, 3)
     return Candidates.unsure(patch, rows[:, :2], rows[:, 2])._replace(
-        p_exist=np.full(len(patch), 0.9),
+        p_exist=np.full(len(patch), p_exist),
         cov_px2=np.tile([sigma_px**2, 0.0, sigma_px**2], (len(patch), 1)),
         intensity_sigma=np.full(len(patch), sigma_counts),
     )
@@ -38,20 +39,19 @@ def said(group, number, rng, sigma_px=0.05, sigma_counts=100.0):
 
 def test_errors_are_as_large_as_the_covariance_says(rng):
     number = 400
-    found = refine(windows(PAIR, number), said(PAIR, number, rng), SENSOR)
+    found = refine(windows(PAIR, number), said(PAIR, number, rng), SENSOR).candidates
     assert found.refined.all() and len(found.patch) == 2 * number
     error = found.xy_px - np.tile(PAIR[:, :2], (number, 1))
     xx, xy, yy = found.cov_px2.T
     inverse = np.linalg.inv(np.stack([np.stack([xx, xy], 1), np.stack([xy, yy], 1)], 1))
     nees = np.einsum("mi,mij,mj->m", error, inverse, error).mean() / 2.0
-    # Below 1: what is said here does not come from the counts, and is worth more than its half.
     assert 0.8 < nees < 1.1
     ratio = (found.intensity - np.tile(PAIR[:, 2], number)) / found.intensity_sigma
     assert 0.45 < np.mean(ratio**2) < 1.1
 
 
 def test_existence_is_kept_and_the_number_too(rng):
-    found = refine(windows(PAIR, 3), said(PAIR, 3, rng), SENSOR)
+    found = refine(windows(PAIR, 3), said(PAIR, 3, rng), SENSOR).candidates
     assert_array_equal(found.patch, [0, 0, 1, 1, 2, 2])
     assert_allclose(found.p_exist, 0.9)
 
@@ -59,7 +59,7 @@ def test_existence_is_kept_and_the_number_too(rng):
 def test_what_is_known_beforehand_narrows_what_the_counts_leave_open(rng):
     close = np.array([[4.9, 5.0, 400.0], [5.1, 5.0, 400.0]])
     window = windows(close, 1)
-    found = refine(window, said(close, 1, rng, sigma_px=0.03, sigma_counts=20.0), SENSOR)
+    found = refine(window, said(close, 1, rng, sigma_px=0.03, sigma_counts=20.0), SENSOR).candidates
     bound = cramer_rao(
         fisher_information(
             close[None, :, :2], close[None, :, 2], LEVEL, (11, 11), SENSOR, with_background=True
@@ -89,13 +89,13 @@ def test_where_solutions_compete_the_covariance_tells_of_them(rng):
     counts = np.repeat(measure(mean, sensor, NumpyRandom(1))[None], 20, axis=0)
     window = Window(counts, np.zeros_like(counts), np.ones(counts.shape, bool))
     candidates = said(group, 20, rng, sigma_px=0.15, sigma_counts=10.0)
-    once = refine(window, candidates, sensor)
-    often = refine(window, candidates, sensor, starts=6)
+    once = refine(window, candidates, sensor).candidates
+    often = refine(window, candidates, sensor, starts=6).candidates
     both = once.refined & often.refined
     assert both.sum() > 30
     assert np.median(often.cov_px2[both, 0] / once.cov_px2[both, 0]) >= 1.0 - 1e-9
     assert often.cov_px2[both, 0].mean() > once.cov_px2[both, 0].mean()
-    again = refine(window, candidates, sensor, starts=6)
+    again = refine(window, candidates, sensor, starts=6).candidates
     assert_array_equal(often.xy_px, again.xy_px)
 
 
@@ -103,7 +103,7 @@ def test_a_target_that_leaves_the_patch_gives_the_candidates_back(rng):
     outside = np.array([[10.3, 5.0, 3000.0]])
     window = windows(np.array([[11.4, 5.0, 60000.0]]), 1)
     candidates = said(outside, 1, rng, sigma_px=2.0, sigma_counts=1e5)
-    found = refine(window, candidates, SENSOR)
+    found = refine(window, candidates, SENSOR).candidates
     assert not found.refined.any()
     for name in ("xy_px", "intensity", "p_exist", "cov_px2", "intensity_sigma"):
         assert_array_equal(getattr(found, name), getattr(candidates, name))
@@ -113,4 +113,57 @@ def test_a_target_that_leaves_the_patch_gives_the_candidates_back(rng):
 def test_no_candidates_no_targets(starts):
     nothing = Candidates.unsure(np.zeros(0, int), np.zeros((0, 2)), np.zeros(0))
     found = refine(windows(PAIR, 2), nothing, SENSOR, starts=starts)
-    assert len(found.patch) == 0
+    assert len(found.candidates.patch) == 0
+    assert found.converged.all() and np.isnan(found.reduced_chi2).all()
+
+
+def test_neighbours_errors_are_correlated_as_the_joint_covariance_says(rng):
+    number = 400
+    close = np.array([[4.75, 5.0, 3000.0], [5.3, 5.0, 3000.0]])
+    vague = said(close, number, rng)._replace(cov_px2=np.tile([1.0, 0.0, 1.0], (2 * number, 1)))
+    found = refine(windows(close, number), vague, SENSOR)
+    joint = found.joint_px2
+    assert joint.shape == (number, 4, 4)
+    own = found.candidates.cov_px2.reshape(number, 2, 3)
+    assert_allclose(joint[:, 0, 0], own[:, 0, 0])
+    assert_allclose(joint[:, 2, 3], own[:, 1, 1])
+    error = found.candidates.xy_px.reshape(number, 4) - close[:, :2].ravel()
+    stated = (joint[:, 0, 2] / np.sqrt(joint[:, 0, 0] * joint[:, 2, 2])).mean()
+    assert abs(stated) > 0.1
+    assert_allclose(np.corrcoef(error[:, 0], error[:, 2])[0, 1], stated, atol=0.15)
+    together = np.einsum("bi,bij,bj->b", error, np.linalg.inv(joint), error).mean() / 4.0
+    assert 0.8 < together < 1.3
+
+
+def test_where_the_count_is_not_sure_the_networks_answer_stands(rng):
+    unsure = said(PAIR, 3, rng, p_exist=0.6)
+    found = refine(windows(PAIR, 3), unsure, SENSOR)
+    assert not found.candidates.refined.any()
+    assert_array_equal(found.candidates.xy_px, unsure.xy_px)
+    assert np.isnan(found.joint_px2).all()
+
+
+def test_an_extended_object_is_no_group_of_points(rng):
+    y, x = np.mgrid[:11, :11]
+    disc = 2000.0 * (np.hypot(x - 5, y - 5) < 3.2)
+    window = windows(PAIR, 1)
+    extended = Window(window.background_BHW + disc, window.background_BHW, window.usable_BHW)
+    assert refine(extended, said(PAIR, 1, rng), SENSOR).reduced_chi2[0] > 10.0
+    assert refine(window, said(PAIR, 1, rng), SENSOR).reduced_chi2[0] < 1.5
+
+
+@pytest.mark.parametrize("number", [3, 4])
+def test_known_intensities_tell_how_many_there_are(rng, number):
+    sensor = Sensor(sigma_px=0.5, full_scale=255)
+    corners = np.array([[-1, -1], [1, -1], [-1, 1], [1, 1]]) * 0.3 + 5.0
+    four = np.column_stack([corners, np.full(4, 235.0)])
+    mean = render(four[:number, :2], four[:number, 2], (11, 11), sensor.sigma_px)
+    counts = measure(mean[None], sensor, NumpyRandom(1))
+    window = Window(counts, np.zeros_like(counts), np.ones(counts.shape, bool))
+    doubtful = said(four, 1, rng, sigma_counts=10.0)._replace(p_exist=np.array([1, 1, 0.99, 0.5]))
+    rules = Priors(intensity=(220.0, 250.0), separation_px=0.494, background_known=True)
+    found = refine(window, doubtful, sensor, rules).candidates
+    assert (found.p_exist >= 0.5).sum() == number
+    assert found.refined[:number].all()
+    without = refine(window, doubtful, sensor).candidates
+    assert_array_equal(without.p_exist, doubtful.p_exist)

@@ -7,15 +7,16 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from engines.base import Engine
-from engines.manifest import Manifest, SensorNeeds
+from engines.manifest import UNMEASURED_SPREAD, Manifest, SensorNeeds
 from pipeline.component import Context
 from pipeline.messages import Flag, FrameInfo, Patches, Unmixed, check_wire, targets_message
 from pipeline.physics.bounds import cramer_rao, fisher_information
+from pipeline.physics.cell_targets import count_at_least
 from pipeline.physics.grid import cell_centres_px, target_map
 from pipeline.physics.psf import render
 from pipeline.physics.sensor import Sensor
 from pipeline.stages.refine import Refine
-from pipeline.stages.report import Report, count_posterior
+from pipeline.stages.report import Report, independent_count
 from pipeline.stages.unmix import MAX_PEAKS, Unmix
 
 SENSOR = Sensor(id="roof", sigma_px=0.5, full_scale=16383, read_noise=6.0, gain=8.0)
@@ -125,13 +126,15 @@ def test_a_network_off_the_grid_says_where_how_sure_and_how_well():
     unmixed = Unmix(Unmix.Config(), SENSOR, engine).process(patches)
     assert unmixed.patch.tolist() == [0, 1, 1]
     assert_allclose(unmixed.xy_px, [[5.04, 54.9], [105.3, 55.1], [104.8, 55.1]], atol=1e-6)
-    assert_allclose(unmixed.p_exist, [0.9, 0.95, 0.85], rtol=1e-6)
+    p_exist = count_at_least(said[:, 0].reshape(2, -1), 2, UNMEASURED_SPREAD)
+    assert_allclose(unmixed.p_exist, [p_exist[0, 0], *p_exist[1]], rtol=1e-6)
     report = Report(Report.Config(min_snr=0.0), SENSOR).process(unmixed)
-    assert_allclose(report.p_exist, [0.9, 0.95, 0.85], rtol=1e-3)
-    assert_allclose(report.count_posterior[0, :2], [0.1, 0.9], atol=1e-3)
+    assert_array_equal(report.p_exist, unmixed.p_exist)
+    assert_allclose(report.count_posterior[0, :2], [1.0 - p_exist[0, 0], p_exist[0, 0]], rtol=1e-6)
+    assert_allclose(report.count_posterior[1, 2], p_exist[1, 1])
     assert_allclose(report.cov_px2, [[0.0009, 0, 0.0025], [0.0036, 0, 0.0036], [0.0036, 0, 0.0036]])
-    sure = Report(Report.Config(min_snr=0.0, min_p_exist=0.88), SENSOR).process(unmixed)
-    assert_allclose(sure.p_exist, [0.9, 0.95], rtol=1e-6)
+    sure = Report(Report.Config(min_snr=0.0, min_p_exist=0.93), SENSOR).process(unmixed)
+    assert_allclose(sure.p_exist, unmixed.p_exist[:2])
     assert len(sure.bbox_px) == 2
     peak = (patches.counts_BHW - patches.background_BHW).max(axis=(1, 2))
     assert_allclose(report.intensity_sigma, 10.0 * peak[[0, 1, 1]], rtol=1e-5)
@@ -210,6 +213,7 @@ def unmixed_from(groups) -> Unmixed:
         p_exist=np.full(len(table), np.nan),
         cov_px2=np.full((len(table), 3), np.nan),
         intensity_sigma=np.full(len(table), np.nan),
+        joint_px2=np.full((len(groups), 0, 0), np.nan),
         cell_px=1 / 3,
         engine="abc",
         source="perfect",
@@ -277,10 +281,10 @@ def test_flags_of_the_group_are_its_targets_flags():
 
 
 def test_count_posterior_is_poisson_binomial():
-    posterior = count_posterior(np.array([1, 1, 1], dtype=np.int32), np.array([0.5, 0.2, 1.0]), 2)
+    posterior = independent_count(np.array([1, 1, 1], dtype=np.int32), np.array([0.5, 0.2, 1.0]), 2)
     assert_allclose(posterior[0], [1, 0, 0, 0, 0, 0])
     assert_allclose(posterior[1], [0, 0.4, 0.5, 0.1, 0, 0], atol=1e-12)
-    six = count_posterior(np.zeros(6, dtype=np.int32), np.full(6, 1.0), 1)
+    six = independent_count(np.zeros(6, dtype=np.int32), np.full(6, 1.0), 1)
     assert_allclose(six[0], [0, 0, 0, 0, 0, 1])
 
 

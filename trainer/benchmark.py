@@ -15,10 +15,9 @@ from pipeline.formats.csist import CsistDataset, read_csist, write_csist
 from pipeline.physics.groups import PROFILES
 from trainer.errors import TrainerError
 from trainer.evaluate import Progress, figures, true_maps, unmix
-from trainer.fit_config import DETECTION_THRESHOLD
 from trainer.metrics import cso_map, cso_map_difference_interval
 from trainer.network import UnmixingNetwork
-from trainer.reading import Detections, detections, read_maps
+from trainer.reading import Detections, Reading, detections, read_maps
 from trainer.trained import BATCH, WEIGHTS, TrainedNetwork, load_solver, load_weights
 
 COUNTED_PATCHES = 4
@@ -189,7 +188,7 @@ def grid_ceiling(dataset: CsistDataset, c: int) -> float:
     full_scale = float(dataset.sensor.full_scale)
     unit = np.full(len(dataset), full_scale)
     maps = true_maps(dataset, slice(None), c, unit).astype(np.float32)
-    read = read_maps(maps, unit, "intensity-map", c, DETECTION_THRESHOLD)
+    read = read_maps(maps, unit, Reading("intensity-map", c, dataset.sensor.sigma_px))
     return cso_map(detections(read, len(dataset)), dataset.truths()).mean
 
 

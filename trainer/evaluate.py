@@ -30,7 +30,7 @@ from trainer.metrics import (
     matched_errors,
     nees,
 )
-from trainer.reading import Detections, detections, read_maps
+from trainer.reading import Detections, Reading, detections, read_maps
 from trainer.units import to_network_units
 
 Progress = Callable[[int], None]
@@ -145,11 +145,11 @@ def unmix(
         )
         began = time.perf_counter()
         maps = engine.infer(patch)
-        read = read_maps(maps, unit, manifest.output, manifest.c, manifest.detection_threshold)
+        read = read_maps(maps, unit, Reading.of(manifest, dataset.sensor))
         if refined:
             usable = np.ones(counts.shape, dtype=np.bool_)
             window = Window(counts.astype(np.float64), background.astype(np.float64), usable)
-            read = refine(window, read, dataset.sensor)
+            read = refine(window, read, dataset.sensor).candidates
         seconds += time.perf_counter() - began
         found += detections(read, len(counts))
         if manifest.output == "intensity-map":

@@ -26,6 +26,7 @@ from trainer.fit_config import DETECTION_THRESHOLD, VALIDATION_SEED, FitConfig, 
 from trainer.network import UnmixingNetwork
 from trainer.trained import TrainedNetwork, weights_sha256, with_weights, write_weights
 from trainer.units import to_network_units
+from trainer.validation import measured_count_spread
 
 PARITY_TOLERANCE = 1e-4
 """Largest allowed difference between the engine's map and torch's, both f32; see `parity`."""
@@ -68,6 +69,7 @@ def export(network: str, checkpoint: Path, out_dir: Path, name: str) -> tuple[Ma
         manifest = Manifest(
             name=name,
             **_facts(config, built, record),
+            **_counting(config, built),
             onnx_sha256=sha256_of(model),
             weights_sha256=weights_sha256(weights),
             versions={library: version(library) for library in LIBRARIES},
@@ -175,6 +177,14 @@ def _facts(config: FitConfig, network: UnmixingNetwork, record: dict[str, float]
         "cso_map": record["cso_map"],
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
     }
+
+
+def _counting(config: FitConfig, network: UnmixingNetwork) -> dict[str, Any]:
+    """How sure the network's counts are, of one that counts."""
+    if network.output != "cell-targets":
+        return {}
+    profile = profile_for(config.profile, network)
+    return {"count_spread": measured_count_spread(network, profile, config.scaling)}
 
 
 @contextmanager

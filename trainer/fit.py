@@ -187,9 +187,7 @@ class Run:
         config = self.config
         return held_out_cso_map(
             self.average,
-            self.network.planes,
-            self.network.output,
-            self.network.config.c,
+            self.network,
             self.profile,
             config.scaling,
             config.validate_samples,

@@ -5,34 +5,54 @@ is known of it), intensity counts; the best score is where the system is surest.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.manifest import Output
-from pipeline.physics.cell_targets import read_cell_targets
+from engines.manifest import UNMEASURED_SPREAD, Manifest, Output
+from pipeline.physics.candidates import LIKELY, Candidates
+from pipeline.physics.cell_targets import CountSpread, read_cell_targets
 from pipeline.physics.grid import grid_detections
-from pipeline.physics.refine import Candidates
 from pipeline.physics.score import THRESHOLDS_PX
+from pipeline.physics.sensor import Sensor
+from trainer.fit_config import DETECTION_THRESHOLD
 
 Detections = NDArray[np.float64]
 
 
+class Reading(NamedTuple):
+    """How maps are to be read: of what kind they are, and of which sensor's patches."""
+
+    output: Output
+    c: int
+    sigma_px: float
+    threshold: float = DETECTION_THRESHOLD  # network units, of maps of intensity
+    count_spread: CountSpread = UNMEASURED_SPREAD
+
+    @classmethod
+    def of(cls, manifest: Manifest, sensor: Sensor) -> "Reading":
+        """As the engine's manifest says."""
+        return cls(
+            manifest.output,
+            manifest.c,
+            sensor.sigma_px,
+            manifest.detection_threshold,
+            manifest.count_spread,
+        )
+
+
 def read_maps(
-    maps: NDArray[np.float32],
-    unit_B: NDArray[np.floating],
-    output: Output,
-    c: int,
-    threshold: float,
+    maps: NDArray[np.float32], unit_B: NDArray[np.floating], reading: Reading
 ) -> Candidates:
-    """What the maps hold. On the grid every cell ≥ threshold is a target, as published.
+    """What the maps hold. On the grid every cell at the threshold is a target, as published.
 
     maps and threshold in network units of `unit_B` counts.
     """
-    if output == "intensity-map":
-        peaks = grid_detections(maps, c, threshold)
+    if reading.output == "intensity-map":
+        peaks = grid_detections(maps, reading.c, reading.threshold)
     else:
-        peaks = read_cell_targets(maps, c)
+        peaks = read_cell_targets(maps, reading.sigma_px, reading.count_spread)
     unit = unit_B[peaks.image]
     return Candidates(
         peaks.image,
@@ -46,12 +66,13 @@ def read_maps(
 
 
 def detections(found: Candidates, images: int) -> list[Detections]:
-    """One table for each image.
+    """One table for each image, of the targets that are more likely there than not.
 
     The score is the intensity if nothing else is known of any, as published for networks on the
     grid; otherwise existence times how many of the metric's thresholds the position is expected
     to meet, one without covariance being good for the widest alone.
     """
+    found = found.take(~(found.p_exist < LIKELY))
     variance = (found.cov_px2[:, 0] + found.cov_px2[:, 2]) / 2.0
     if np.isnan(variance).all():
         score = found.intensity

@@ -1,40 +1,73 @@
-"""How good a network is while it trains: its score on patches it never sees."""
+"""What a network is like on patches it never sees: its score, and how sure its counts are."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize
 
-from engines.manifest import Output
-from engines.scaling import Plane, Scaling
-from pipeline.physics.groups import Profile, draw_patches
+from engines.manifest import UNMEASURED_SPREAD
+from engines.scaling import Scaling
+from pipeline.physics.cell_targets import CountSpread, count_at_least
+from pipeline.physics.groups import MAX_TARGETS, Profile, draw_patches
 from trainer.data import TorchRandom
-from trainer.fit_config import DETECTION_THRESHOLD, VALIDATION_SEED
+from trainer.fit_config import VALIDATION_SEED
 from trainer.metrics import CsoMap, cso_map
-from trainer.reading import detections, read_maps
+from trainer.network import UnmixingNetwork
+from trainer.reading import Reading, detections, read_maps
 from trainer.units import to_network_units
 
 _PATCHES_AT_ONCE = 256
 
 
 def held_out_cso_map(
-    network: torch.nn.Module,
-    planes: tuple[Plane, ...],
-    output: Output,
-    c: int,
+    averaged: torch.nn.Module,
+    network: UnmixingNetwork,
     profile: Profile,
     scaling: Scaling,
     samples: int,
     device: str,
 ) -> CsoMap:
-    """CSO-mAP of a network on `samples` held-out patches of the profile, always the same."""
+    """CSO-mAP of averaged weights on held-out patches of the profile, always the same."""
     patch, groups = draw_patches(profile, samples, TorchRandom(VALIDATION_SEED))
     seen, unit, _ = to_network_units(
-        patch, profile.sensor, scaling, background=profile.background > 0.0, planes=planes
+        patch, profile.sensor, scaling, background=profile.background > 0.0, planes=network.planes
     )
     with torch.no_grad():
-        maps = [network(part.to(device)).cpu() for part in seen.split(_PATCHES_AT_ONCE)]
+        maps = [averaged(part.to(device)).cpu() for part in seen.split(_PATCHES_AT_ONCE)]
     maps_B = torch.cat(maps).float().numpy()
-    read = read_maps(maps_B, unit.numpy(), output, c, DETECTION_THRESHOLD)
+    reading = Reading(network.output, network.config.c, profile.sensor.sigma_px)
+    read = read_maps(maps_B, unit.numpy(), reading)
     true = [
         xy_px[:count]
         for xy_px, count in zip(groups.xy_px.numpy(), groups.count.tolist(), strict=True)
     ]
     return cso_map(detections(read, samples), true)
+
+
+def measured_count_spread(
+    network: UnmixingNetwork, profile: Profile, scaling: Scaling, samples: int = 4000
+) -> CountSpread:
+    """How far the number of targets scatters about what the network's probabilities add up to.
+
+    Maximum likelihood of the true counts of `samples` held-out patches, other than those of
+    `held_out_cso_map`; see `CountSpread`.
+    """
+    patch, groups = draw_patches(profile, samples, TorchRandom(VALIDATION_SEED + 1))
+    seen = to_network_units(
+        patch, profile.sensor, scaling, background=profile.background > 0.0, planes=network.planes
+    )
+    with torch.no_grad():
+        parts = [network(part)[:, 0].flatten(1) for part in seen.patch.split(_PATCHES_AT_ONCE)]
+    p = torch.cat(parts).numpy()
+    row, count = np.arange(samples), groups.count.numpy()
+
+    def surprise(logarithms: NDArray[np.float64]) -> float:
+        a, b = np.exp(logarithms)
+        at_least = count_at_least(p, MAX_TARGETS + 1, (a, b))
+        padded = np.pad(at_least, ((0, 0), (1, 0)), constant_values=1.0)
+        right = padded[row, count] - padded[row, count + 1]
+        return float(-np.log(np.maximum(right, 1e-9)).mean())
+
+    start = np.log(UNMEASURED_SPREAD)
+    a, b = np.exp(minimize(surprise, start, method="Nelder-Mead", options={"xatol": 1e-2}).x)
+    return round(float(a), 4), round(float(b), 4)

@@ -91,18 +91,19 @@ def number_attribute(
 def sensor_from(path: Path, attributes: dict[str, Any], parent: str = "") -> Sensor:
     """The sensor that the attributes describe; raises PipelineError naming the wrong one.
 
-    `gain` null means no shot noise; `id` and `ifov_rad` may be left out.
+    `gain` null means no shot noise; `id`, `ifov_rad` and `sigma_error` may be left out.
     """
     for name in ("sigma_px", "read_noise"):
         number_attribute(path, attributes, name, parent)
     number_attribute(path, attributes, "full_scale", parent, whole=True)
     if attribute(path, attributes, "gain", parent) is not None:
         number_attribute(path, attributes, "gain", parent)
-    if attributes.get("ifov_rad") is not None:
-        number_attribute(path, attributes, "ifov_rad", parent)
-    name = attributes.get("id", "sensor")
-    if not isinstance(name, str) or not name:
-        raise PipelineError(f"{path}: attribute `{parent}id` must be a name, got {name!r}")
+    for name in ("ifov_rad", "sigma_error"):
+        if attributes.get(name) is not None:
+            number_attribute(path, attributes, name, parent)
+    own = attributes.get("id", "sensor")
+    if not isinstance(own, str) or not own:
+        raise PipelineError(f"{path}: attribute `{parent}id` must be a name, got {own!r}")
     try:
         return Sensor.from_attributes(attributes)
     except ValueError as error:

@@ -2,7 +2,8 @@
 
 Arrays: image uint8|uint16 (N, 11, 11), target_count uint8 (N,), target_xy_px float32 (N, 5, 2) and
 target_intensity float32 (N, 5), both padded with NaN. Attributes: format "csist", format_version,
-profile, seed, sigma_px, full_scale, read_noise, gain (null: no shot noise), background.
+profile, seed, sigma_px, full_scale, read_noise, gain (null: no shot noise), background, and, where
+σ is uncertain, sigma_error (left out: as the profile has it).
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline.errors import PipelineError
 from pipeline.formats import _checks
 from pipeline.physics.arrays import NumpyRandom
-from pipeline.physics.groups import MAX_TARGETS, SIZE_PX, Profile, draw_patches
+from pipeline.physics.groups import MAX_TARGETS, PROFILES, SIZE_PX, Profile, draw_patches
 from pipeline.physics.sensor import Sensor
 
 FORMAT = "csist"
@@ -99,10 +100,11 @@ def dataset_from(path: Path, group: zarr.Group) -> CsistDataset:
     """`read_csist` of a group that is open already."""
     _checks.check_format(path, group, FORMAT)
     attributes = group.attrs.asdict()
-    sensor = _checks.sensor_from(path, {"id": FORMAT, **attributes})
     profile = _checks.attribute(path, attributes, "profile")
     if not isinstance(profile, str):
         raise PipelineError(f"{path}: attribute `profile` must be a name, got {profile!r}")
+    known = {"sigma_error": PROFILES[profile].sensor.sigma_error} if profile in PROFILES else {}
+    sensor = _checks.sensor_from(path, {"id": FORMAT, **known, **attributes})
     seed = _checks.attribute(path, attributes, "seed")
     if seed is not None:
         seed = int(_checks.number_attribute(path, attributes, "seed", whole=True))
@@ -160,7 +162,7 @@ def _create(
             "format_version": _checks.FORMAT_VERSION,
             "profile": profile,
             "seed": seed,
-            **{name: attributes[name] for name in ("sigma_px", "full_scale", "read_noise", "gain")},
+            **{name: value for name, value in attributes.items() if name != "id"},
             "background": background,
         }
     )

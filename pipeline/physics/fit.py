@@ -2,30 +2,45 @@
 
 Levenberg-Marquardt with Fisher scoring: (J W Jᵀ + λ D) δ = J s, where J are the derivatives of
 the expected counts, W the Fisher information of each (possibly censored) pixel, s the derivative
-of its log-likelihood. Parameters: x, y, intensity of each target, and a constant on top of the
-local background. What is known of a target beforehand enters as a Gaussian of each parameter.
-Numpy, a batch of patches at a time, ragged groups padded and masked.
+of its log-likelihood. Parameters: x, y, intensity of each target, a constant on top of the local
+background, and σ. What is known beforehand, of a target or of all, enters as a Gaussian of each
+parameter. `pipeline/physics/newton.py` does the work; groups are padded and masked.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.physics import noise
-from pipeline.physics.bounds import censored_information, jacobian
-from pipeline.physics.measurement import log_likelihood, score
+from pipeline.physics.newton import fit_patches
 from pipeline.physics.psf import render
 from pipeline.physics.sensor import Sensor
 
 Array64 = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-MAX_STEP_PX = 0.4
-CONVERGED_GAIN = 1e-2  # nats: a hundredth of what one standard deviation is worth, and less
-STIFFEST = 1e8
-ROUNDED_AWAY = 0.3
-"""Counts; a pixel that expects no more, and has no noise, is 0 whatever it expects exactly."""
+SHARED = 2
+"""Parameters of a patch that are not a target's: the offset of its background, and σ."""
+
+WALL_PX = 0.03
+"""Standard deviation of how far targets may come nearer than the least separation."""
+
+
+@dataclass(frozen=True)
+class Priors:
+    """What is known of all targets beforehand; a benchmark has such rules, a sensor does not.
+
+    intensity: lowest and highest, counts. separation_px: two targets are never nearer, 0: they
+    may be. background_known: the local background given is exact.
+    """
+
+    intensity: tuple[float, float] | None = None
+    separation_px: float = 0.0
+    background_known: bool = False
+
+
+NOTHING_KNOWN = Priors()
 
 
 @dataclass(frozen=True)
@@ -43,16 +58,22 @@ class Window:
 
 @dataclass(frozen=True)
 class Groups:
-    """An estimate for each patch; absent targets have intensity 0 and `present` False."""
+    """An estimate for each patch; absent targets have intensity 0 and `present` False.
+
+    The last four are of the last fit: nothing is known before the first one.
+    """
 
     xy_px: Array64  # (B, K, 2)
     intensity: Array64  # (B, K) counts
     present: Mask  # (B, K)
     offset: Array64  # (B,) counts on top of the background plane
-    log_likelihood: Array64  # (B,) nats, with that of the prior; −inf before the first fit
-    converged: Mask  # (B,)
+    sigma_px: Array64  # (B,) NaN: as the sensor has it
     prior: Array64  # (B, K, 3) x, y, intensity expected beforehand
     precision: Array64  # (B, K, 3) one over the variance of each; 0: nothing is known
+    log_likelihood: Array64  # (B,) nats, with that of the prior; −inf before
+    converged: Mask  # (B,)
+    reduced_chi2: Array64  # (B,) about 1 where the estimate explains the counts; NaN before
+    information: Array64  # (B, 3K + 2, 3K + 2) observed, with the prior's; absent: 1; 0 before
 
     @classmethod
     def start(
@@ -64,18 +85,22 @@ class Groups:
         precision: Array64 | None = None,
     ) -> "Groups":
         """An estimate that has not been fitted yet."""
-        batch = len(xy_px)
+        batch, columns = present.shape
         none = np.zeros(batch)
-        unknown = np.zeros((*present.shape, 3))
+        unknown = np.zeros((batch, columns, 3))
+        parameters = 3 * columns + SHARED
         return cls(
-            xy_px,
-            intensity * present,
-            present,
-            none,
-            none - np.inf,
-            none > 0,
-            unknown if prior is None else prior,
-            unknown if precision is None else precision * present[..., None],
+            xy_px=xy_px,
+            intensity=intensity * present,
+            present=present,
+            offset=none,
+            sigma_px=none + np.nan,
+            prior=unknown if prior is None else prior,
+            precision=unknown if precision is None else precision * present[..., None],
+            log_likelihood=none - np.inf,
+            converged=none > 0,
+            reduced_chi2=none + np.nan,
+            information=np.zeros((batch, parameters, parameters)),
         )
 
     @property
@@ -99,130 +124,84 @@ class Groups:
 def expected(window: Window, groups: Groups, sensor: Sensor) -> Array64:
     """Expected counts (B, H, W)."""
     shape = window.counts_BHW.shape[1:]
-    signal = render(groups.xy_px, groups.intensity, (shape[0], shape[1]), sensor.sigma_px)
+    sigma_px = _sigma_px(groups, sensor)[:, None]
+    signal = render(groups.xy_px, groups.intensity, (shape[0], shape[1]), sigma_px)
     mean: Array64 = window.background_BHW + groups.offset[:, None, None] + signal
     return mean
 
 
-def information(window: Window, groups: Groups, sensor: Sensor) -> Array64:
-    """Fisher information (B, 3K + 1, 3K + 1) at the estimate; 1 on the diagonal of the absent."""
-    derivatives = _derivatives(window, groups, sensor)
-    weight = _flat(censored_information(expected(window, groups, sensor), sensor))
-    return _normal(derivatives, weight * _flat(window.usable_BHW), groups)
-
-
-def reduced_chi2(window: Window, groups: Groups, sensor: Sensor) -> Array64:
-    """χ² of the residuals over degrees of freedom (B,), about 1 where the estimate explains them.
-
-    Of the usable pixels below full scale that expect enough counts not to be rounded away.
-    """
-    mean = expected(window, groups, sensor)
-    telling = window.usable_BHW & (window.counts_BHW < sensor.full_scale) & (mean > ROUNDED_AWAY)
-    residual = (window.counts_BHW - mean) ** 2 / noise.variance(mean, sensor)
-    freedom = telling.sum(axis=(1, 2)) - 3 * groups.present.sum(axis=1)
-    reduced: Array64 = np.sum(residual * telling, axis=(1, 2)) / np.maximum(freedom, 1)
-    return reduced
-
-
-def fit(window: Window, groups: Groups, sensor: Sensor, iterations: int = 12) -> Groups:
+def fit(
+    window: Window,
+    groups: Groups,
+    sensor: Sensor,
+    priors: Priors = NOTHING_KNOWN,
+    iterations: int = 12,
+) -> Groups:
     """The most likely parameters of each patch, from the estimate given.
 
-    `converged`: what a further full step promises is less than CONVERGED_GAIN, and the counts say
-    something about every parameter.
+    `converged`: what a further full step promises is less than a hundredth of a nat, and the
+    counts say something about every parameter.
     """
-    groups = replace(groups, log_likelihood=_total(window, groups, sensor))
-    damping = np.full(len(groups.offset), 1e-3)
-    active = np.arange(len(groups.offset))
-    for _ in range(iterations):
-        if len(active) == 0:
-            break
-        now, here = groups.take(active), window.take(active)
-        tried, promised = _step(here, now, sensor, damping[active])
-        better = tried.log_likelihood >= now.log_likelihood
-        done = promised < CONVERGED_GAIN
-        taken = np.flatnonzero(better)
-        now = replace(now.put(taken, tried.take(taken)), converged=done)
-        groups = groups.put(active, now)
-        damping[active] = np.where(better, damping[active] * 0.2, damping[active] * 8.0)
-        stuck = damping[active] > STIFFEST
-        active = active[~done & ~stuck]
-    return groups
-
-
-def _step(
-    window: Window, groups: Groups, sensor: Sensor, damping: Array64
-) -> tuple[Groups, Array64]:
-    """One damped step, kept within MAX_STEP_PX and to intensities above zero.
-
-    Also the gain in log-likelihood (B,) that an undamped step would promise, infinite where the
-    counts say nothing about some parameter.
-    """
-    mean = expected(window, groups, sensor)
-    usable = _flat(window.usable_BHW)
-    derivatives = _derivatives(window, groups, sensor)
-    normal = _normal(derivatives, _flat(censored_information(mean, sensor)) * usable, groups)
-    slope = _flat(score(window.counts_BHW, mean, sensor)) * usable
-    gradient = (derivatives @ slope[..., None])[..., 0]
-    pull = groups.precision * (groups.prior - groups.parameters)
-    gradient[:, :-1] += pull.reshape(len(pull), -1)
-    known = np.einsum("bpp->bp", normal).min(axis=1) > 0.0
-    full = _solve(normal, gradient, np.full(len(damping), 1e-9))
-    promised = np.where(known, 0.5 * np.einsum("bp,bp->b", gradient, full), np.inf)
-    step = _solve(normal, gradient, damping)
-    batch, targets = groups.intensity.shape
-    by_target = step[:, :-1].reshape(batch, targets, 3)
-    largest = np.abs(by_target[..., :2]).max(axis=(1, 2), initial=0.0)
-    shorter = np.minimum(1.0, MAX_STEP_PX / np.maximum(largest, 1e-12))
-    by_target = by_target * shorter[:, None, None]
-    # An intensity is at most halved in a step, so it never reaches zero.
-    intensity = np.maximum(groups.intensity + by_target[..., 2], 0.5 * groups.intensity)
-    height, width = window.counts_BHW.shape[1:]
-    moved = replace(
+    batch, columns = groups.present.shape
+    targets = groups.parameters
+    shared = np.stack([groups.offset, _sigma_px(groups, sensor)], axis=1)
+    prior, precision = _with(priors, groups)
+    log_likelihood, chi2 = np.empty((2, batch))
+    converged = np.empty(batch, dtype=np.bool_)
+    size = 3 * columns + SHARED
+    information = np.zeros((batch, size, size))
+    information[:] = np.eye(size)
+    fit_patches(
+        np.ascontiguousarray(window.counts_BHW),
+        np.ascontiguousarray(window.background_BHW),
+        np.ascontiguousarray(window.usable_BHW),
+        targets,
+        groups.present,
+        shared,
+        prior,
+        precision,
+        np.array([0.0, sensor.sigma_px]),
+        np.array([math.inf if priors.background_known else 0.0, _sigma_precision(sensor)]),
+        (priors.separation_px, WALL_PX**-2),
+        (float(sensor.full_scale), sensor.read_noise**2, 1.0 / sensor.gain),
+        iterations,
+        log_likelihood,
+        converged,
+        chi2,
+        information,
+    )
+    return replace(
         groups,
-        xy_px=np.clip(groups.xy_px + by_target[..., :2], -1.0, [width, height]),
-        intensity=intensity * groups.present,
-        offset=groups.offset + step[:, -1] * shorter,
+        xy_px=targets[..., :2],
+        intensity=targets[..., 2] * groups.present,
+        offset=shared[:, 0],
+        sigma_px=shared[:, 1],
+        log_likelihood=log_likelihood,
+        converged=converged,
+        reduced_chi2=chi2,
+        information=information,
     )
-    return replace(moved, log_likelihood=_total(window, moved, sensor)), promised
 
 
-def _solve(normal: Array64, gradient: Array64, damping: Array64) -> Array64:
-    """Step (B, P) of the normal equations with each diagonal raised by the share `damping`."""
-    diagonal = np.einsum("bpp->bp", normal)
-    added = (damping[:, None] * diagonal + 1e-12)[..., None] * np.eye(normal.shape[1])
-    step: Array64 = np.linalg.solve(normal + added, gradient[..., None])[..., 0]
-    return step
+def _sigma_px(groups: Groups, sensor: Sensor) -> Array64:
+    """Of each patch (B,): as fitted, or as the sensor has it."""
+    return np.where(np.isnan(groups.sigma_px), sensor.sigma_px, groups.sigma_px)
 
 
-def _derivatives(window: Window, groups: Groups, sensor: Sensor) -> Array64:
-    """(B, 3K + 1, H·W); zero for absent targets."""
-    height, width = window.counts_BHW.shape[1:]
-    found = jacobian(
-        groups.xy_px, groups.intensity, (height, width), sensor.sigma_px, with_background=True
-    )
-    rows = np.append(
-        np.repeat(groups.present, 3, axis=1), np.ones((len(groups.present), 1), bool), axis=1
-    )
-    result: Array64 = found * rows[..., None]
-    return result
+def _sigma_precision(sensor: Sensor) -> float:
+    """One over the variance of σ, 1/px²; infinite where it is known exactly."""
+    error_px = sensor.sigma_error * sensor.sigma_px
+    return math.inf if error_px == 0.0 else error_px**-2
 
 
-def _normal(derivatives: Array64, weight: Array64, groups: Groups) -> Array64:
-    normal: Array64 = (derivatives * weight[:, None, :]) @ derivatives.transpose(0, 2, 1)
-    index = np.arange(normal.shape[1] - 1)
-    known = np.where(groups.present[..., None], groups.precision, 1.0)
-    normal[:, index, index] += known.reshape(len(normal), -1)
-    return normal
-
-
-def _total(window: Window, groups: Groups, sensor: Sensor) -> Array64:
-    """Log-likelihood (B,) of the usable pixels, and of the parameters by their prior."""
-    each = log_likelihood(window.counts_BHW, expected(window, groups, sensor), sensor)
-    total: Array64 = np.sum(each * window.usable_BHW, axis=(1, 2))
-    missed = groups.precision * (groups.parameters - groups.prior) ** 2
-    total -= 0.5 * missed.sum(axis=(1, 2))
-    return total
-
-
-def _flat(images: NDArray[np.generic]) -> Array64:
-    return images.reshape(len(images), -1).astype(np.float64, copy=False)
+def _with(priors: Priors, groups: Groups) -> tuple[Array64, Array64]:
+    """The groups' prior and precision (B, K, 3), their intensities' by the common one too."""
+    if priors.intensity is None:
+        return groups.prior, groups.precision
+    low, high = priors.intensity
+    own = 12.0 / (high - low) ** 2  # of a uniform distribution
+    prior, precision = groups.prior.copy(), groups.precision.copy()
+    precision[..., 2] += own * groups.present
+    told = groups.precision[..., 2] * groups.prior[..., 2] + own * (low + high) / 2.0
+    prior[..., 2] = np.where(groups.present, told / np.maximum(precision[..., 2], 1e-300), 0.0)
+    return prior, precision

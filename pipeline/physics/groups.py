@@ -8,6 +8,7 @@ distribution, since an arrangement is kept exactly when every pair is apart, at 
 work. (Re-drawing only the last target would be faster still, and wrong.)
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -63,6 +64,15 @@ class Profile:
 
 BENCHMARK_SENSOR = Sensor(id="csist", sigma_px=0.5, full_scale=255)
 
+FIELD_SIGMA_SPREAD = 0.1
+FIELD_SENSOR = Sensor(
+    sigma_px=0.5,
+    full_scale=16383,
+    read_noise=6.0,
+    gain=8.0,
+    sigma_error=FIELD_SIGMA_SPREAD / math.sqrt(3.0),  # of a uniform distribution
+)
+
 PROFILES = {
     profile.name: profile
     for profile in (
@@ -70,22 +80,22 @@ PROFILES = {
         Profile("interior", BENCHMARK_SENSOR, pixel_range=(2, 8), intensity=(220.0, 250.0)),
         Profile(
             "field",
-            Sensor(id="field", sigma_px=0.5, full_scale=16383, read_noise=6.0, gain=8.0),
+            replace(FIELD_SENSOR, id="field"),
             pixel_range=(4, 6),
             intensity=(300.0, 3000.0),
             half_width_px=1.0,
             log_uniform=True,
-            sigma_spread=0.1,
+            sigma_spread=FIELD_SIGMA_SPREAD,
             background=1000.0,
         ),
         Profile(
             "sensors",
-            Sensor(id="sensors", sigma_px=0.5, full_scale=16383, read_noise=6.0, gain=8.0),
+            replace(FIELD_SENSOR, id="sensors"),
             pixel_range=(3, 7),
             intensity=(300.0, 3000.0),
             half_width_px=1.0,
             log_uniform=True,
-            sigma_spread=0.1,
+            sigma_spread=FIELD_SIGMA_SPREAD,
             background=1000.0,
             fewest=0,
             brightness=(0.4, 15.0),

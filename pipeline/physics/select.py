@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.physics import noise
-from pipeline.physics.fit import Array64, Groups, Window, expected, fit, information
+from pipeline.physics.fit import Array64, Groups, Priors, Window, expected, fit
 from pipeline.physics.psf import pixel_response
 from pipeline.physics.sensor import Sensor
 
@@ -17,46 +17,53 @@ NEAR_PX = 2
 
 
 def select(
-    window: Window, groups: Groups, sensor: Sensor, penalty: float, additions: int = 2
+    window: Window,
+    groups: Groups,
+    sensor: Sensor,
+    priors: Priors,
+    penalty: float,
+    additions: int = 2,
 ) -> Groups:
     """Fit the candidates, drop those the counts do not call for, add what they do.
 
     `groups` must have room (absent columns) for `additions` more targets than are present.
     """
-    groups = _prune(window, fit(window, groups, sensor), sensor, penalty)
+    groups = _prune(window, fit(window, groups, sensor, priors), sensor, priors, penalty)
     for _ in range(additions):
         rows = np.flatnonzero(groups.present.any(axis=1) & ~groups.present.all(axis=1))
         if len(rows) == 0:
             break
         here, now = window.take(rows), groups.take(rows)
-        tried = fit(here, _with_one_more(here, now, sensor), sensor)
+        tried = fit(here, _with_one_more(here, now, sensor), sensor, priors)
         worth = 2.0 * (tried.log_likelihood - now.log_likelihood) > penalty
         if not worth.any():
             break
         groups = groups.put(rows[worth], tried.take(np.flatnonzero(worth)))
-        groups = _prune(window, groups, sensor, penalty)
+        groups = _prune(window, groups, sensor, priors, penalty)
     slow = np.flatnonzero(~groups.converged)
-    return groups.put(slow, fit(window.take(slow), groups.take(slow), sensor, iterations=40))
+    again = fit(window.take(slow), groups.take(slow), sensor, priors, iterations=40)
+    return groups.put(slow, again)
 
 
-def _prune(window: Window, groups: Groups, sensor: Sensor, penalty: float) -> Groups:
+def _prune(
+    window: Window, groups: Groups, sensor: Sensor, priors: Priors, penalty: float
+) -> Groups:
     """Merge the least certain target of each group into its neighbour while that costs little."""
     rows = np.flatnonzero(groups.present.sum(axis=1) > 1)
     while len(rows):
         here, now = window.take(rows), groups.take(rows)
-        tried = fit(here, _with_one_less(here, now, sensor), sensor)
+        tried = fit(here, _with_one_less(now), sensor, priors)
         cheap = 2.0 * (now.log_likelihood - tried.log_likelihood) < penalty
         groups = groups.put(rows[cheap], tried.take(np.flatnonzero(cheap)))
         rows = rows[cheap & (tried.present.sum(axis=1) > 1)]
     return groups
 
 
-def _with_one_less(window: Window, groups: Groups, sensor: Sensor) -> Groups:
+def _with_one_less(groups: Groups) -> Groups:
     """Each group without the target whose intensity is least certain, merged into the nearest."""
-    normal = information(window, groups, sensor)
     # Not `cramer_rao`: it gives a direction the counts say nothing of a large variance, where
     # pinv leaves it out; measured on csist-100k, CSO-mAP 0.572 so and 0.559 with the bound.
-    inverse = np.linalg.pinv(normal, hermitian=True)
+    inverse = np.linalg.pinv(groups.information, hermitian=True)
     of_intensity = 3 * np.arange(groups.present.shape[1]) + 2
     variance = inverse[:, of_intensity, of_intensity]
     certainty = np.where(groups.present, groups.intensity**2 / np.maximum(variance, 1e-12), np.inf)

@@ -33,6 +33,9 @@ READ_NOISE = 1.5
 """Grey levels rms about the local mean of the same clip's sky: 1.6 over cloud. A clear sky shows
 0.4, but there the compression has wiped out what the sensor had."""
 
+SIGMA_ERROR = 0.15
+"""Of those fits, relative to their median: half the range that holds 85 % of them."""
+
 DEFAULT_FRAME_RATE_HZ = 30.0
 SHORTFALL = 0.01
 """Containers may state the number of frames from duration × rate: off by one, or by 1 %."""
@@ -77,6 +80,7 @@ class Video(Source):
             sigma_px=SIGMA_PX,
             full_scale=int(np.iinfo(first_HW.dtype).max),
             read_noise=READ_NOISE,
+            sigma_error=SIGMA_ERROR,
         )
         self.sensor = configured_sensor(own, sensor, str(config.path))
         self.shape = (height, width)

@@ -3,29 +3,48 @@
 from dataclasses import replace
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.component import Settings, Stage
-from pipeline.messages import Unmixed
-from pipeline.physics.fit import Window
-from pipeline.physics.refine import ADDITIONS, PENALTY, Candidates, refine
+from pipeline.messages import Flag, Unmixed
+from pipeline.physics.candidates import Candidates
+from pipeline.physics.fit import Priors, Window
+from pipeline.physics.refine import ADDITIONS, PENALTY, refine
+from pipeline.physics.sensor import Sensor
 
 
 class Refine(Stage[Unmixed, Unmixed]):
     """Takes the network's targets as candidates; keeps, moves, merges or adds by the likelihood.
 
-    Where a group's fit does not converge, or leaves the window, the network's answer is kept.
+    Where a group's fit does not converge (UNCONVERGED), leaves the window, or would be of a number
+    of targets the network is not sure of, the network's answer is kept. A group that point sources
+    do not explain is a MISFIT.
     """
 
     class Config(Settings):
         """penalty: what a target must add to twice the log-likelihood, see `select`.
 
-        starts: how many times to fit what a network off the grid has found.
+        starts: how many times to fit what a network off the grid has found. max_chi2: reduced, of
+        a group that point sources explain. intensity (lowest and highest, counts) and separation_px
+        (least): rules of a benchmark; a sensor has none.
         """
 
         penalty: float = Field(PENALTY, ge=0.0)
         additions: int = Field(ADDITIONS, ge=0, le=8)
         starts: int = Field(1, ge=1, le=64)
+        max_chi2: float = Field(3.0, gt=1.0)
+        intensity: tuple[float, float] | None = None
+        separation_px: float = Field(0.0, ge=0.0)
+
+        @model_validator(mode="after")
+        def _in_order(self) -> "Refine.Config":
+            if self.intensity is not None and not 0.0 <= self.intensity[0] < self.intensity[1]:
+                raise ValueError(f"intensity must be [lowest, highest], got {list(self.intensity)}")
+            return self
+
+    def __init__(self, config: Config, sensor: Sensor) -> None:
+        super().__init__(config, sensor)
+        self._priors = Priors(config.intensity, config.separation_px)
 
     def process(self, message: Unmixed) -> Unmixed:
         """The same patches with targets off the grid."""
@@ -46,12 +65,27 @@ class Refine(Stage[Unmixed, Unmixed]):
             message.cov_px2,
             message.intensity_sigma,
         )
-        found = refine(window, candidates, self._sensor, **self._config.model_dump())
+        config = self._config
+        found = refine(
+            window,
+            candidates,
+            self._sensor,
+            self._priors,
+            penalty=config.penalty,
+            additions=config.additions,
+            starts=config.starts,
+        )
+        flags = patches.flags.copy()
+        flags[patches.group[found.reduced_chi2 > config.max_chi2]] |= np.uint16(Flag.MISFIT)
+        flags[patches.group[~found.converged]] |= np.uint16(Flag.UNCONVERGED)
+        patch = found.candidates.patch
         return replace(
             message,
-            **found._asdict()
+            **found.candidates._asdict()
             | {
-                "patch": found.patch.astype(np.int32),
-                "xy_px": found.xy_px + patches.origin_px[found.patch],
+                "patches": replace(patches, flags=flags),
+                "patch": patch.astype(np.int32),
+                "xy_px": found.candidates.xy_px + patches.origin_px[patch],
+                "joint_px2": found.joint_px2,
             },
         )

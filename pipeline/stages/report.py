@@ -55,7 +55,8 @@ class Report(Stage[Unmixed, TargetReport]):
             snr=snr[keep],
             flags=patches.flags[group],
             bbox_px=patches.bbox_px,
-            count_posterior=count_posterior(group, p_exist, len(patches.bbox_px)),
+            count_posterior=_count_posterior(message, group, p_exist),
+            joint_px2=_joint(message, keep),
             group_flags=patches.flags,
         )
 
@@ -95,7 +96,26 @@ class Report(Stage[Unmixed, TargetReport]):
         return snr, cov, sigma
 
 
-def count_posterior(group: NDArray[np.int32], p_exist: Vector, groups: int) -> Vector:
+def _count_posterior(message: Unmixed, group: NDArray[np.int32], p_exist: Vector) -> Vector:
+    """Probability (N, 6) of 0, 1, …, 4 and 5 or more targets in each group.
+
+    Where the method says of each target how probable it and those before it are, from all that it
+    has considered; otherwise from the targets kept, taken as independent.
+    """
+    groups = len(message.patches.bbox_px)
+    if len(message.patch) == 0 or np.isnan(message.p_exist).any():
+        return independent_count(group, p_exist, groups)
+    at_least = np.zeros((groups, MAX_COUNT + 2))
+    at_least[:, 0] = 1.0
+    rank = _rank(message.patch)
+    counted = rank < MAX_COUNT
+    row = message.patches.group[message.patch[counted]]
+    at_least[row, rank[counted] + 1] = message.p_exist[counted]
+    posterior: Vector = np.clip(at_least[:, :-1] - at_least[:, 1:], 0.0, 1.0)
+    return posterior
+
+
+def independent_count(group: NDArray[np.int32], p_exist: Vector, groups: int) -> Vector:
     """Probability (N, 6) of 0, 1, …, 4 and 5 or more targets in each group.
 
     Targets taken as independent, each real with its own probability (Poisson-binomial).
@@ -108,3 +128,27 @@ def count_posterior(group: NDArray[np.int32], p_exist: Vector, groups: int) -> V
         posterior[row, 0] = before[0] * (1.0 - p)
         posterior[row, -1] += before[-1] * p
     return np.clip(posterior, 0.0, 1.0)
+
+
+def _joint(message: Unmixed, keep: NDArray[np.bool_]) -> Vector:
+    """Covariance (N, 2K, 2K) of the kept targets of each group; NaN unless all were fitted."""
+    columns = message.joint_px2.shape[1] // 2
+    joint = np.full((len(message.patches.bbox_px), 2 * columns, 2 * columns), np.nan)
+    fitted = np.flatnonzero(message.refined)
+    place = _rank(message.patch[fitted])  # within the patch's joint covariance
+    for patch in np.unique(message.patch[keep]):
+        here = message.patch == patch
+        if not message.refined[here & keep].all():
+            continue
+        kept = place[keep[fitted] & here[fitted]]
+        rows = (2 * kept[:, None] + np.arange(2)).ravel()
+        number = len(rows)
+        group = message.patches.group[patch]
+        joint[group, :number, :number] = message.joint_px2[patch][np.ix_(rows, rows)]
+    return joint
+
+
+def _rank(patch: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Of each target among those of its patch (M,), which come one after another."""
+    rank: NDArray[np.int64] = np.arange(len(patch)) - np.searchsorted(patch, patch)
+    return rank

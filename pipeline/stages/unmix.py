@@ -76,6 +76,7 @@ class Unmix(Stage[Patches, Unmixed]):
             p_exist=peaks.p_exist,
             cov_px2=peaks.cov_px2,
             intensity_sigma=peaks.intensity_sigma * unit[peaks.image],
+            joint_px2=np.full((len(maps), 0, 0), np.nan),
             cell_px=1.0 / manifest.c,
             engine=manifest.onnx_sha256[:12],
             source=manifest.name,
@@ -84,7 +85,7 @@ class Unmix(Stage[Patches, Unmixed]):
     def _read(self, maps: Maps) -> Peaks:
         manifest = self._engine.manifest
         if manifest.output == "cell-targets":
-            return read_cell_targets(maps, manifest.c)
+            return read_cell_targets(maps, self._sensor.sigma_px, manifest.count_spread)
         return local_maxima(maps, manifest.c, self._threshold, separate=self._separate)
 
     def close(self) -> None:

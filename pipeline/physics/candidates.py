@@ -1,0 +1,80 @@
+"""Targets as a method proposes them, of many patches at once, and with what it says of each."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array64 = NDArray[np.float64]
+
+LIKELY = 0.5
+"""A candidate at least so probable is a target; one below only says how sure the count is."""
+
+
+class Candidates(NamedTuple):
+    """Targets of many patches, in the order of the patches; positions in patch coordinates.
+
+    NaN where nothing is known of existence, covariance or sigma. Where existence is known, a
+    patch's candidates come in falling order of it, and the k-th says how probable k or more are.
+    """
+
+    patch: NDArray[np.integer]  # (M,) which patch
+    xy_px: Array64  # (M, 2)
+    intensity: Array64  # (M,) counts
+    refined: NDArray[np.bool_]  # (M,) fitted to the counts
+    p_exist: Array64  # (M,)
+    cov_px2: Array64  # (M, 3) xx, xy, yy
+    intensity_sigma: Array64  # (M,) counts
+
+    @classmethod
+    def unsure(cls, patch: NDArray[np.integer], xy_px: Array64, intensity: Array64) -> "Candidates":
+        """Of which nothing more is known, as from a network on the grid."""
+        unknown = np.full(len(patch), np.nan)
+        refined = np.zeros(len(patch), dtype=np.bool_)
+        cov_px2 = np.full((len(patch), 3), np.nan)
+        return cls(patch, xy_px, intensity, refined, unknown, cov_px2, unknown)
+
+    @property
+    def counted(self) -> bool:
+        """Whether the method says how many there are."""
+        return len(self.patch) > 0 and not np.isnan(self.p_exist).any()
+
+    def take(self, rows: NDArray[np.bool_]) -> "Candidates":
+        """Some of them."""
+        return self._replace(**{name: getattr(self, name)[rows] for name in self._fields})
+
+
+class Table(NamedTuple):
+    """Candidates as one row a patch, padded with zero, existence with NaN."""
+
+    present: NDArray[np.bool_]  # (B, K)
+    parameters: Array64  # (B, K, 3) x, y, intensity
+    p_exist: Array64  # (B, K)
+    cov_px2: Array64  # (B, K, 3)
+    intensity_sigma: Array64  # (B, K)
+
+    @property
+    def variance(self) -> Array64:
+        """Of x, y and intensity (B, K, 3), as the method says."""
+        return np.concatenate([self.cov_px2[..., ::2], self.intensity_sigma[..., None] ** 2], 2)
+
+
+def table(candidates: Candidates, patches: int, spare: int = 0) -> Table:
+    """A row for each of the patches, with `spare` columns more than the fullest needs."""
+    patch = candidates.patch
+    count = np.bincount(patch, minlength=patches)
+    column = np.arange(len(patch)) - (np.cumsum(count) - count)[patch]
+    columns = int(count.max(initial=0)) + spare
+    values = np.zeros((patches, columns, 8))
+    values[..., 3] = np.nan
+    values[patch, column] = np.column_stack(
+        [
+            candidates.xy_px,
+            candidates.intensity,
+            candidates.p_exist,
+            candidates.cov_px2,
+            candidates.intensity_sigma,
+        ]
+    )
+    present = np.arange(columns) < count[:, None]
+    return Table(present, values[..., :3], values[..., 3], values[..., 4:7], values[..., 7])
