@@ -9,6 +9,10 @@ class EngineError(Exception):
     exit_code = 2
 
 
+class NoEngineFits(EngineError):
+    """None of the shipped engines was made for such a sensor."""
+
+
 def first_fault(error: ValidationError) -> str:
     """The first fault pydantic found, as one line that names the field."""
     fault = error.errors(include_url=False)[0]

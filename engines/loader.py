@@ -7,7 +7,7 @@ from pkgutil import iter_modules
 
 import engines.backends
 from engines.base import Engine, Options
-from engines.errors import EngineError
+from engines.errors import EngineError, NoEngineFits
 from engines.manifest import Manifest, SensorLike, read_manifest, sha256_of
 
 MODELS = Path(__file__).parent / "models"
@@ -19,7 +19,8 @@ def resolve(name_or_path: str, sensor: SensorLike, models: Path = MODELS) -> Pat
 
     "default": of the shipped engines that fit the sensor the most specific one, then the one of
     best held-out CSO-mAP. Another name: that shipped engine. A path: NAME.json, or the NAME.onnx
-    beside it. Raises EngineError; whether a named engine fits is left to `load`.
+    beside it. Raises EngineError, NoEngineFits where there is no default; whether a named engine
+    fits is left to `load`.
     """
     if Path(name_or_path).suffix in (".json", ".onnx"):
         path = Path(name_or_path).with_suffix(".json")
@@ -44,9 +45,10 @@ def _best_fit(manifests: dict[str, Manifest], sensor: SensorLike) -> str:
     fitting = {name: m for name, m in manifests.items() if not m.fits(sensor)}
     if not fitting:
         reasons = [f"{name} is {m.fits(sensor)[0]}" for name, m in manifests.items()]
-        raise EngineError(
+        raise NoEngineFits(
             f"engine: no shipped one fits this sensor ({'; '.join(reasons) or 'there is none'}); "
-            "train one with `trainer fit` and `trainer export`, then name its path"
+            "train one with `trainer fit` and `trainer export` and name its path, or use `model`, "
+            "the imaging model without a network"
         )
     return most_specific(list(fitting.items()))
 

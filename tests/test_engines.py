@@ -16,6 +16,7 @@ from engines.base import Engine, Options
 from engines.errors import EngineError
 from engines.loader import load, open_engine, resolve
 from engines.manifest import Manifest, SensorNeeds, read_manifest, sha256_of
+from engines.scaling import network_input, network_unit
 
 SHIPPED = sorted(loader.MODELS.glob("*.json"))
 SIZE, C, MAX_BATCH = 11, 3, 16
@@ -206,6 +207,25 @@ def test_no_shipped_engine_fits(tmp_path: Path) -> None:
     write_engine(tmp_path, "field")
     with pytest.raises(EngineError, match=r"field is made for sigma_px 0.5, the sensor has 1.2"):
         resolve("default", FakeSensor(sigma_px=1.2), tmp_path)
+
+
+def test_a_network_that_is_told_sigma_serves_a_range(tmp_path: Path) -> None:
+    needs = SensorNeeds(sigma_range_px=(0.4, 1.2))
+    assert not needs.mismatches(FakeSensor(sigma_px=0.4, noiseless=False))
+    (fault,) = needs.mismatches(FakeSensor(sigma_px=1.3, noiseless=False))
+    assert fault == "made for sigma_px 0.4 to 1.2, the sensor has 1.3"
+
+
+def test_planes_of_a_network_that_is_told_its_sensor() -> None:
+    signal = np.array([[[1.0, 4.0], [0.0, 2.0]]], np.float32)
+    noise = np.array([[[0.4, 0.8], [np.inf, 9.0]]], np.float32)
+    unit = network_unit(signal, "peak", 255)
+    alone = network_input(signal, noise, 0.7, unit, ("signal",))
+    np.testing.assert_allclose(alone, signal / 4.0)
+    told = network_input(signal, noise, 0.7, unit, ("signal", "noise", "sigma"))
+    assert told.shape == (1, 3, 2, 2) and told.dtype == np.float32
+    np.testing.assert_allclose(told[0, 1], [[0.1, 0.2], [1.0, 1.0]], rtol=1e-6)
+    np.testing.assert_allclose(told[0, 2], 0.7)
 
 
 def test_unknown_name_lists_what_there_is(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pipeline.physics.groups import PROFILES, draw_patches
 from pipeline.physics.sensor import Sensor
 from trainer.errors import TrainerError
 from trainer.evaluate import evaluate
+from trainer.honesty import honesty_figures, true_bounds
 from trainer.metrics import (
     count_accuracy,
     cso_map,
@@ -134,7 +135,7 @@ def test_counts_and_matched_errors() -> None:
     found = [np.array([[2.1, 2.0, 110.0], [3.0, 1.8, 180.0]]), np.array([[6.0, 5.0, 1.0]] * 2)]
     assert count_accuracy(found, true) == 0.5
     which, error = matched_errors(found, true)
-    assert which.tolist() == [[0, 0], [0, 1]]  # the second image's are farther than the gate
+    assert which.tolist() == [[0, 0, 0], [0, 1, 1]]  # the second image's are farther than the gate
     np.testing.assert_allclose(error, [[0.1, 0.0, 0.1], [0.0, -0.2, -0.1]], atol=1e-12)
 
 
@@ -255,6 +256,35 @@ def test_refined_detections_break_the_ceiling_of_the_grid() -> None:
     assert grid["cso_map"] < 0.5 < 0.65 < refined["cso_map"]
     assert refined["rmse_px"] < 0.8 * grid["rmse_px"]
     assert refined["refined"] is True
+
+
+def test_the_model_alone_unmixes_and_the_rules_help_it() -> None:
+    data = dataset("interior", 200)
+    alone, ruled = (evaluate(data, None, priors=priors) for priors in (False, True))
+    assert alone["engine"] == "model" and alone["refined"] and not alone["priors"]
+    assert 0.4 < alone["cso_map"] < ruled["cso_map"]
+    assert ruled["count_accuracy"] > alone["count_accuracy"]
+    assert alone["psnr_db"] is None
+
+
+def test_a_profile_of_sensors_has_no_rules() -> None:
+    with pytest.raises(TrainerError, match="--priors: profile field"):
+        evaluate(dataset("field", 4), None, priors=True)
+
+
+def test_errors_at_the_bound_are_as_large_as_the_bound(rng) -> None:
+    data = dataset("field", 400)
+    true = data.truths()
+    bounds = true_bounds(data, true)
+    which = np.array([(i, k, k) for i, rows in enumerate(true) for k in range(len(rows))])
+    bound = np.array([bounds[i][k] for i, _, k in which])
+    error = np.array([rng.multivariate_normal([0, 0], one) for one in bound])
+    figures = honesty_figures(error, bound, bounds, which)
+    for few in ("", "_few"):
+        assert figures[f"rmse_over_bound{few}"] == pytest.approx(1.0, abs=0.08)
+        assert figures[f"nees{few}"] == pytest.approx(1.0, abs=0.15)
+        assert figures[f"within_95{few}"] == pytest.approx(0.95, abs=0.03)
+    assert honesty_figures(2.0 * error, bound, bounds, which)["within_95"] < 0.6
 
 
 def test_an_engine_that_finds_nothing_is_refined_to_nothing() -> None:

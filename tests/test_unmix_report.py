@@ -220,6 +220,28 @@ def unmixed_from(groups) -> Unmixed:
     )
 
 
+def test_without_an_engine_the_model_unmixes(caplog):
+    patches, _ = scene([[(5.1, 4.8, 3000.0)], [(4.5, 5.0, 3000.0), (5.6, 5.2, 2500.0)]])
+    wide = replace(SENSOR, sigma_px=2.0)
+    fallen_back = Unmix.build(Unmix.Config(), Context(sensor=wide))
+    assert "no shipped one fits" in caplog.text and "imaging model alone" in caplog.text
+    assert fallen_back.process(patches).source == "model"
+    asked = Unmix.build(Unmix.Config(), Context(sensor=SENSOR, engine="model"))
+    found = asked.process(patches)
+    asked.close()
+    assert found.patch.tolist() == [0, 1, 1] and found.refined.all() and found.engine == ""
+    order = np.lexsort((found.xy_px[:, 0], found.patch))
+    assert_allclose(found.xy_px[order], [[5.1, 54.8], [104.5, 55.0], [105.6, 55.2]], atol=0.05)
+    assert Refine(Refine.Config(), SENSOR).process(found) is found
+    report = Report(Report.Config(), SENSOR).process(found)
+    message = targets_message(report, stage_ns={}, age_ns=0, gap=[], config="c")
+    check_wire(message)
+    assert [len(values) for values in message["groups"]["joint_cov_px2"]] == [3, 10]
+    xx, xy, xx2, xy2, yy, *_ = message["groups"]["joint_cov_px2"][1]
+    assert_allclose([xx, xy, yy], report.cov_px2[1])
+    assert xx2 != 0.0 and abs(xy2) < abs(xx2)
+
+
 def test_covariance_is_the_bound_of_the_whole_group_plus_the_cell():
     groups = [[(5.1, 4.8, 900.0)], [(4.7, 5.0, 1500.0), (5.3, 5.2, 700.0)]]
     report = Report(Report.Config(min_snr=0.0), SENSOR).process(unmixed_from(groups))

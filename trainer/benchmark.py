@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.formats.csist import CsistDataset, read_csist, write_csist
 from pipeline.physics.groups import PROFILES
 from trainer.errors import TrainerError
-from trainer.evaluate import Progress, figures, true_maps, unmix
+from trainer.evaluate import Method, Progress, figures, true_maps, unmix
 from trainer.metrics import cso_map, cso_map_difference_interval
 from trainer.network import UnmixingNetwork
 from trainer.reading import Detections, Reading, detections, read_maps
@@ -53,6 +53,7 @@ class System:
     solver: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     refined: bool = False
+    priors: bool = False
     published: Published = Published()
 
     def load(self) -> TrainedNetwork:
@@ -122,6 +123,7 @@ SYSTEMS = (
     System("DISTA-Net, c = 7", "variants/dista_net_c7"),
     System("off the grid (ours)", "off_grid"),
     System("off the grid + fit (ours)", "off_grid", refined=True),
+    System("the same, with the rules (ours)", "off_grid", refined=True, priors=True),
 )
 
 
@@ -164,9 +166,9 @@ def run(
             )
     for index, (system, engine) in enumerate(loaded):
         step = None if progress is None else _counted_on(progress, index * len(dataset))
-        unmixed = unmix(dataset, engine, step, refined=system.refined)
+        unmixed = unmix(dataset, engine, step, refined=system.refined, priors=system.priors)
         found[system.title] = unmixed.found
-        rows.append(_row(system, engine, dataset, figures(dataset, engine.manifest, unmixed)))
+        rows.append(_row(system, engine, dataset, figures(dataset, Method.of(engine), unmixed)))
     for row in rows:
         row["against_reference"] = (
             list(cso_map_difference_interval(found[row["title"]], found[REFERENCE], true))

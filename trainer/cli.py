@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -165,9 +165,13 @@ def evaluate(
         Path | None, typer.Option(help="NAME.pt of `trainer export`; without, the shipped one.")
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="default, a shipped engine, or a path of a .json or .onnx.")
+        str | None,
+        typer.Option(help="default, a shipped engine, a path of a .json or .onnx, or model: none."),
     ] = None,
     refine: Annotated[bool, typer.Option(help="Refine positions off the grid.")] = False,
+    priors: Annotated[
+        bool, typer.Option(help="Refine with the benchmark's own rules: intensities, separation.")
+    ] = False,
     json_out: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here as JSON.")
     ] = None,
@@ -177,6 +181,10 @@ def evaluate(
         raise TrainerError("evaluate: give either --network NAME or --engine NAME")
     if weights is not None and network is None:
         raise TrainerError("--weights: belongs to a network; give --network NAME with it")
+    from pipeline.physics.model_only import MODEL
+
+    if priors and not refine and engine != MODEL:
+        raise TrainerError("--priors: are for the fit; give --refine with it")
     from engines.loader import load
     from pipeline.formats.csist import read_csist
     from trainer import evaluate as scoring
@@ -184,15 +192,18 @@ def evaluate(
     if json_out is not None:
         _make_folder(json_out.parent)
     data = read_csist(dataset)
-    if engine is not None:
+    if engine == MODEL:
+        loaded = None
+    elif engine is not None:
         loaded = load(engine, data.sensor)
     else:
         _need_torch()
         from trainer.trained import load_trained
 
         loaded = load_trained(str(network), weights, data.sensor)
-    with loaded, _progress(loaded.manifest.name, len(data)) as show:
-        figures = scoring.evaluate(data, loaded, show, refined=refine)
+    title = str(engine) if loaded is None else loaded.manifest.name
+    with loaded or nullcontext(), _progress(title, len(data)) as show:
+        figures = scoring.evaluate(data, loaded, show, refined=refine, priors=priors)
     scoring.print_figures(figures, Console())
     if json_out is not None:
         json_out.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")

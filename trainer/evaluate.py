@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from engines.base import Engine
-from engines.manifest import Manifest
 from pipeline.formats.csist import CsistDataset
-from pipeline.physics.fit import Window
-from pipeline.physics.grid import cell_variance_px2, target_map
-from pipeline.physics.groups import MAX_TARGETS
+from pipeline.physics.fit import Priors, Window, compile_fit
+from pipeline.physics.grid import target_map
+from pipeline.physics.groups import PROFILES
+from pipeline.physics.model_only import MODEL, unmix_by_model
 from pipeline.physics.refine import refine
 from trainer.errors import TrainerError
+from trainer.honesty import bound_figures, honesty_figures, published_covariances, true_bounds
 from trainer.map_quality import psnr_db, ssim
 from trainer.metrics import (
     MATCH_GATE_PX,
@@ -26,9 +27,7 @@ from trainer.metrics import (
     cso_map,
     cso_map_by_count,
     cso_map_interval,
-    group_bounds,
     matched_errors,
-    nees,
 )
 from trainer.reading import Detections, Reading, detections, read_maps
 from trainer.units import to_network_units
@@ -44,23 +43,44 @@ class Unmixed:
 
     found: list[Detections]  # for each image, see `trainer.reading`
     refined: bool
+    priors: bool  # the benchmark's own rules were used
     psnr_db: NDArray[np.float64]  # (N,) of maps of intensity against the true ones, else NaN
     ssim: NDArray[np.float64]  # (N,)
     seconds: float  # of the network, of reading its maps and, if refined, of the fit
 
 
+class Method(NamedTuple):
+    """What is scored."""
+
+    name: str
+    network: str = ""
+    onnx_sha256: str = ""
+    threshold: float = 0.0  # of maps of intensity, network units
+    c: int = 1
+
+    @classmethod
+    def of(cls, engine: Engine | None) -> "Method":
+        """The engine, or the imaging model alone."""
+        if engine is None:
+            return cls(MODEL)
+        m = engine.manifest
+        return cls(m.name, m.network, m.onnx_sha256, m.detection_threshold, m.c)
+
+
 def evaluate(
     dataset: CsistDataset,
-    engine: Engine,
+    engine: Engine | None,
     progress: Progress | None = None,
     *,
     refined: bool = False,
+    priors: bool = False,
 ) -> dict[str, Any]:
     """Unmix a dataset and score it: `figures` of `unmix`."""
-    return figures(dataset, engine.manifest, unmix(dataset, engine, progress, refined=refined))
+    unmixed = unmix(dataset, engine, progress, refined=refined, priors=priors)
+    return figures(dataset, Method.of(engine), unmixed)
 
 
-def figures(dataset: CsistDataset, manifest: Manifest, unmixed: Unmixed) -> dict[str, Any]:
+def figures(dataset: CsistDataset, method: Method, unmixed: Unmixed) -> dict[str, Any]:
     """Every figure of merit as plain JSON types; null where a figure does not exist.
 
     cso_map, cso_map_interval (95 %, bootstrap over images), ap: of the detections.
@@ -70,21 +90,25 @@ def figures(dataset: CsistDataset, manifest: Manifest, unmixed: Unmixed) -> dict
     (`matched`). crb_px: the same figure for an estimator at the Cramér–Rao bound that knows how
     many targets there are: root mean square over an image's targets, median over images;
     crb_px_by_count: by number of targets. Unlike rmse_px it is not cut off at 0.5 px.
-    intensity_rmse_relative: of the matched. nees: mean per dimension of their position errors,
-    with the covariance the pipeline publishes: that of the fit or the network, or, for a network
-    on the grid, the bound at the estimated group plus the variance within a cell. patches_per_s: of
-    the network and, if refined, the fit.
+    intensity_rmse_relative: of the matched. rmse_over_bound: root mean square, over the matched, of
+    their distance over its bound's. nees: mean per dimension of their position errors, within_95:
+    share of them inside their 95 % ellipse, both with the covariance the pipeline publishes: that
+    of the fit or the network, or, for a network on the grid, the bound at the estimated group plus
+    the variance within a cell; with _few the last three of images of 1 to 3 targets only.
+    patches_per_s: of the network and, if refined, the fit.
     """
     found, true = unmixed.found, dataset.truths()
     scored = cso_map(found, true)
     matched, error = matched_errors(found, true)
-    bounds = _bounds_by_count(dataset, true)
+    bounds = true_bounds(dataset, true)
+    covariance = published_covariances(dataset, found, matched, method.c)
     values = {
-        "engine": manifest.name,
+        "engine": method.name,
         "refined": unmixed.refined,
-        "network": manifest.network,
-        "onnx_sha256": manifest.onnx_sha256,
-        "threshold": manifest.detection_threshold,
+        "priors": unmixed.priors,
+        "network": method.network,
+        "onnx_sha256": method.onnx_sha256,
+        "threshold": method.threshold,
         "profile": dataset.profile,
         "seed": dataset.seed,
         "images": len(dataset),
@@ -101,10 +125,9 @@ def figures(dataset: CsistDataset, manifest: Manifest, unmixed: Unmixed) -> dict
         "matched": len(error),
         "match_gate_px": MATCH_GATE_PX,
         "rmse_px": _rms(np.hypot(error[:, 0], error[:, 1])),
-        "crb_px": _median(np.concatenate(list(bounds.values()) or [np.empty(0)])),
-        "crb_px_by_count": {str(count): _median(rms) for count, rms in bounds.items()},
+        **bound_figures(bounds),
         "intensity_rmse_relative": _rms(error[:, 2]),
-        "nees": _nees(dataset, found, matched, error, manifest.c),
+        **honesty_figures(error, covariance, bounds, matched),
         "patches_per_s": len(dataset) / unmixed.seconds,
     }
     return {key: _finite(value) for key, value in values.items()}
@@ -112,52 +135,70 @@ def figures(dataset: CsistDataset, manifest: Manifest, unmixed: Unmixed) -> dict
 
 def unmix(
     dataset: CsistDataset,
-    engine: Engine,
+    engine: Engine | None,
     progress: Progress | None = None,
     *,
     refined: bool = False,
+    priors: bool = False,
 ) -> Unmixed:
-    """Run an engine over a dataset; progress: called with the number of patches done.
+    """Run an engine, or the imaging model alone, over a dataset.
 
-    Detections are read as `read_maps` says; refined: what the likelihood makes of these. Raises
-    TrainerError for an empty dataset or one of another patch size.
+    progress: called with the number of patches done. Detections are read as `read_maps` says;
+    refined: what the likelihood makes of these; priors: with the rules of the dataset's profile.
+    Raises TrainerError for an empty dataset, one of another patch size or one without rules.
     """
-    manifest = engine.manifest
+    size_px = dataset.image.shape[1]
     if len(dataset) == 0:
         raise TrainerError("dataset: has no images; generate one with --count 1 or more")
-    if dataset.image.shape[1:] != (manifest.size_px, manifest.size_px):
+    if engine is not None and size_px != engine.manifest.size_px:
         raise TrainerError(
-            f"engine {manifest.name}: is for patches of {manifest.size_px} px, the dataset's have "
-            f"{dataset.image.shape[1]}; train one of that size"
+            f"engine {engine.manifest.name}: is for patches of {engine.manifest.size_px} px, the "
+            f"dataset's have {size_px}; train one of that size"
         )
+    known = rules(dataset) if priors else Priors(background_known=dataset.background == 0.0)
     found: list[Detections] = []
     psnr, similarity = np.full((2, len(dataset)), np.nan)
     seconds = 0.0
+    compile_fit()
     for start in range(0, len(dataset), _PATCHES_AT_ONCE):
         part = slice(start, start + _PATCHES_AT_ONCE)
         counts = dataset.image[part].astype(np.float32)
-        patch, unit, background = to_network_units(
+        seen = to_network_units(
             counts,
             dataset.sensor,
-            manifest.scaling,
+            "peak" if engine is None else engine.manifest.scaling,
             background=dataset.background > 0.0,
-            planes=manifest.planes,
+            planes=("signal",) if engine is None else engine.manifest.planes,
+        )
+        window = Window(
+            counts.astype(np.float64),
+            seen.background.astype(np.float64),
+            np.ones(counts.shape, dtype=np.bool_),
         )
         began = time.perf_counter()
-        maps = engine.infer(patch)
-        read = read_maps(maps, unit, Reading.of(manifest, dataset.sensor))
-        if refined:
-            usable = np.ones(counts.shape, dtype=np.bool_)
-            window = Window(counts.astype(np.float64), background.astype(np.float64), usable)
-            read = refine(window, read, dataset.sensor).candidates
+        if engine is None:
+            read = unmix_by_model(window, dataset.sensor, known).candidates
+        else:
+            maps = engine.infer(seen.patch)
+            read = read_maps(maps, seen.unit, Reading.of(engine.manifest, dataset.sensor))
+            if refined:
+                read = refine(window, read, dataset.sensor, known).candidates
         seconds += time.perf_counter() - began
         found += detections(read, len(counts))
-        if manifest.output == "intensity-map":
-            truth = true_maps(dataset, part, manifest.c, unit)
+        if engine is not None and engine.manifest.output == "intensity-map":
+            truth = true_maps(dataset, part, engine.manifest.c, seen.unit)
             psnr[part], similarity[part] = psnr_db(maps, truth), ssim(maps, truth)
         if progress is not None:
             progress(len(found))
-    return Unmixed(found, refined, psnr, similarity, seconds)
+    return Unmixed(found, refined or engine is None, priors, psnr, similarity, seconds)
+
+
+def rules(dataset: CsistDataset) -> Priors:
+    """What a benchmark promises of its targets; raises TrainerError for a profile of sensors."""
+    profile = PROFILES.get(dataset.profile)
+    if profile is None or profile.log_uniform:
+        raise TrainerError(f"--priors: profile {dataset.profile} has no such rules; leave it out")
+    return Priors(profile.intensity, profile.separation_px, dataset.background == 0.0)
 
 
 def true_maps(
@@ -170,51 +211,8 @@ def true_maps(
     return maps
 
 
-def _bounds_by_count(
-    dataset: CsistDataset, true: list[NDArray[np.float64]]
-) -> dict[int, NDArray[np.float64]]:
-    """Number of targets → for each image with as many, the rms bound of their positions, px."""
-    bounds = group_bounds(true, dataset.sensor, dataset.image.shape[1], dataset.background)
-    rms = np.array(
-        [math.sqrt(np.trace(b, axis1=1, axis2=2).mean()) if len(b) else math.nan for b in bounds]
-    )
-    count = np.array([len(b) for b in bounds])
-    return {int(number): rms[count == number] for number in np.unique(count[count > 0])}
-
-
-def _nees(
-    dataset: CsistDataset,
-    found: list[NDArray[np.float64]],
-    matched: NDArray[np.int64],
-    error: NDArray[np.float64],
-    c: int,
-) -> float:
-    """With the covariance that the pipeline publishes: its own, or bound + cell²/12.
-
-    Bounds are for images with at most twice as many detections as there can be targets: with more,
-    the bound says nothing but costs a lot.
-    """
-    covariance = np.array([found[image][row, [3, 4, 4, 5]] for image, row in matched])
-    covariance = covariance.reshape(-1, 2, 2)
-    if np.isnan(covariance).any():
-        sane = [rows if len(rows) <= 2 * MAX_TARGETS else rows[:0] for rows in found]
-        bounds = group_bounds(sane, dataset.sensor, dataset.image.shape[1], dataset.background)
-        cell = cell_variance_px2(1.0 / c) * np.eye(2)
-        known = np.full_like(covariance, np.nan)
-        for place, (image, row) in enumerate(matched):
-            if len(bounds[image]) > 0:
-                known[place] = bounds[image][row] + cell
-        covariance = np.where(np.isnan(covariance), known, covariance)
-    kept = ~np.isnan(covariance).any(axis=(1, 2))
-    return nees(error[kept, :2], covariance[kept])
-
-
 def _rms(values: NDArray[np.float64]) -> float:
     return float(np.sqrt(np.mean(values**2))) if len(values) else math.nan
-
-
-def _median(values: NDArray[np.float64]) -> float | None:
-    return float(np.median(values)) if len(values) else None
 
 
 def _finite(value: Any) -> Any:
@@ -238,7 +236,10 @@ def print_figures(values: dict[str, Any], console: Console) -> None:
         ("RMSE, matched", _text(values["rmse_px"], "px")),
         ("Cramér–Rao bound, median", _text(values["crb_px"], "px")),
         ("intensity RMSE, relative", _text(values["intensity_rmse_relative"])),
+        ("the same over its bound, 1 to 3 targets", _text(values["rmse_over_bound_few"])),
         ("NEES a dimension", _text(values["nees"])),
+        ("the same, 1 to 3 targets", _text(values["nees_few"])),
+        ("in their 95 % ellipse, 1 to 3 targets", _text(values["within_95_few"])),
         ("patches/s", f"{values['patches_per_s']:.0f}"),
     ]
     for row in rows:

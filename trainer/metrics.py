@@ -154,14 +154,15 @@ def matched_errors(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Errors of the targets matched one to one within the gate.
 
-    → (P, 2) image and row of the detection; (P, 3) error in x px, y px, and relative intensity.
+    → (P, 3) image, row of the detection, row of the truth; (P, 3) error in x px, y px, and relative
+    intensity.
     """
-    which, errors = [np.empty((0, 2), np.int64)], [np.empty((0, 3))]
+    which, errors = [np.empty((0, 3), np.int64)], [np.empty((0, 3))]
     for image, (found, true) in enumerate(zip(detections, truths, strict=True)):
         pairs = match_at_gate(found, true, gate_px)
         error = found[pairs[:, 0]][:, [0, 1, -1]] - true[pairs[:, 1], :3]
         error[:, 2] /= true[pairs[:, 1], 2]
-        which.append(np.column_stack([np.full(len(pairs), image), pairs[:, 0]]))
+        which.append(np.column_stack([np.full(len(pairs), image), pairs]))
         errors.append(error)
     return np.concatenate(which), np.concatenate(errors)
 

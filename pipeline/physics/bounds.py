@@ -1,6 +1,7 @@
 """Fisher information of a group's parameters and the Cramér-Rao bound.
 
-Parameters are ordered x₁, y₁, g₁, x₂, y₂, g₂, …, then the local background if it is unknown.
+Parameters are ordered x₁, y₁, g₁, x₂, y₂, g₂, …, then the local background if it is unknown, then
+σ if the sensor's is uncertain.
 """
 
 import math
@@ -20,10 +21,12 @@ def jacobian(
     sigma_px: Array | float,
     *,
     with_background: bool = False,
+    with_sigma: bool = False,
 ) -> Array:
     """Derivatives of the expected counts by each parameter.
 
-    xy_px (..., K, 2), intensity (..., K) → (..., P, H·W) with P = 3K, or 3K + 1 with background.
+    xy_px (..., K, 2), intensity (..., K) → (..., P, H·W) with P = 3K, and one more each with
+    background and with σ.
     """
     xp = array_namespace(xy_px)
     height, width = shape
@@ -38,6 +41,12 @@ def jacobian(
     derivatives = xp.reshape(stacked, (*lead, 3 * xy_px.shape[-2], height * width))
     if with_background:
         derivatives = xp.concat([derivatives, xp.ones_like(derivatives[..., :1, :])], axis=-2)
+    if with_sigma:
+        of_row = g * row.d_sigma[..., :, None] * column.value[..., None, :]
+        of_column = g * row.value[..., :, None] * column.d_sigma[..., None, :]
+        d_sigma = xp.sum(of_row + of_column, axis=-3)
+        d_sigma = xp.reshape(d_sigma, (*lead, 1, height * width))
+        derivatives = xp.concat([derivatives, d_sigma], axis=-2)
     return derivatives
 
 
@@ -70,11 +79,17 @@ def fisher_information(
     """Expected Fisher information (..., P, P) of groups of K targets on an H × W patch.
 
     xy_px (..., K, 2) px, intensity (..., K) counts, background scalar or (...) counts. usable
-    (..., H, W): False for pixels that say nothing; None = all say something.
+    (..., H, W): False for pixels that say nothing; None = all say something. If σ is uncertain,
+    what is known of it, sensor.sigma_error, is part of the information.
     """
     xp = array_namespace(xy_px)
     derivatives = jacobian(
-        xy_px, intensity, shape, sensor.sigma_px, with_background=with_background
+        xy_px,
+        intensity,
+        shape,
+        sensor.sigma_px,
+        with_background=with_background,
+        with_sigma=sensor.sigma_error > 0.0,
     )
     # The intensity rows of the Jacobian, weighted, are the expected counts themselves.
     level = xp.asarray(background, dtype=xy_px.dtype)[..., None]
@@ -84,7 +99,12 @@ def fisher_information(
     if usable is not None:
         weight = weight * xp.astype(xp.reshape(usable, weight.shape), weight.dtype)
     weighted = derivatives * weight[..., None, :]
-    return xp.matmul(weighted, xp.matrix_transpose(derivatives))
+    information = xp.matmul(weighted, xp.matrix_transpose(derivatives))
+    if sensor.sigma_error:
+        known = xp.zeros_like(information[..., 0, :])
+        known[..., -1] = (sensor.sigma_error * sensor.sigma_px) ** -2
+        information = information + known[..., None, :] * xp.eye(known.shape[-1], dtype=known.dtype)
+    return information
 
 
 def cramer_rao(information: Array, *, floor: float = 1e-12) -> Array:

@@ -205,3 +205,10 @@ def _with(priors: Priors, groups: Groups) -> tuple[Array64, Array64]:
     told = groups.precision[..., 2] * groups.prior[..., 2] + own * (low + high) / 2.0
     prior[..., 2] = np.where(groups.present, told / np.maximum(precision[..., 2], 1e-300), 0.0)
     return prior, precision
+
+
+def compile_fit() -> None:
+    """Have the inner loop compiled, or read from its cache, now instead of with the first patch."""
+    nothing = np.zeros((0, 1, 1))
+    window = Window(nothing, nothing, nothing > 0.0)
+    fit(window, Groups.start(np.zeros((0, 1, 2)), nothing[..., 0], nothing[..., 0] > 0.0), Sensor())

@@ -1,14 +1,12 @@
 """Off the grid: the targets of each patch fitted together on the censored likelihood."""
 
-from dataclasses import replace
-
-import numpy as np
 from pydantic import Field, model_validator
 
 from pipeline.component import Settings, Stage
-from pipeline.messages import Flag, Unmixed
+from pipeline.imaging.fitting import MAX_CHI2, window_of, with_refined
+from pipeline.messages import Unmixed
 from pipeline.physics.candidates import Candidates
-from pipeline.physics.fit import Priors, Window
+from pipeline.physics.fit import Priors, compile_fit
 from pipeline.physics.refine import ADDITIONS, PENALTY, refine
 from pipeline.physics.sensor import Sensor
 
@@ -32,7 +30,7 @@ class Refine(Stage[Unmixed, Unmixed]):
         penalty: float = Field(PENALTY, ge=0.0)
         additions: int = Field(ADDITIONS, ge=0, le=8)
         starts: int = Field(1, ge=1, le=64)
-        max_chi2: float = Field(3.0, gt=1.0)
+        max_chi2: float = Field(MAX_CHI2, gt=1.0)
         intensity: tuple[float, float] | None = None
         separation_px: float = Field(0.0, ge=0.0)
 
@@ -45,20 +43,15 @@ class Refine(Stage[Unmixed, Unmixed]):
     def __init__(self, config: Config, sensor: Sensor) -> None:
         super().__init__(config, sensor)
         self._priors = Priors(config.intensity, config.separation_px)
+        compile_fit()
 
     def process(self, message: Unmixed) -> Unmixed:
-        """The same patches with targets off the grid."""
-        patches = message.patches
-        if len(message.patch) == 0:
+        """The same patches with targets off the grid; one that is fitted already stays as it is."""
+        if message.refined.all():
             return message
-        window = Window(
-            patches.counts_BHW.astype(np.float64),
-            patches.background_BHW.astype(np.float64),
-            patches.usable_BHW,
-        )
         candidates = Candidates(
             message.patch,
-            message.xy_px - patches.origin_px[message.patch],
+            message.xy_px - message.patches.origin_px[message.patch],
             message.intensity,
             message.refined,
             message.p_exist,
@@ -67,7 +60,7 @@ class Refine(Stage[Unmixed, Unmixed]):
         )
         config = self._config
         found = refine(
-            window,
+            window_of(message.patches),
             candidates,
             self._sensor,
             self._priors,
@@ -75,17 +68,4 @@ class Refine(Stage[Unmixed, Unmixed]):
             additions=config.additions,
             starts=config.starts,
         )
-        flags = patches.flags.copy()
-        flags[patches.group[found.reduced_chi2 > config.max_chi2]] |= np.uint16(Flag.MISFIT)
-        flags[patches.group[~found.converged]] |= np.uint16(Flag.UNCONVERGED)
-        patch = found.candidates.patch
-        return replace(
-            message,
-            **found.candidates._asdict()
-            | {
-                "patches": replace(patches, flags=flags),
-                "patch": patch.astype(np.int32),
-                "xy_px": found.candidates.xy_px + patches.origin_px[patch],
-                "joint_px2": found.joint_px2,
-            },
-        )
+        return with_refined(message, found, config.max_chi2)

@@ -1,5 +1,6 @@
 """Patches → targets: counts to network units, the engine, and what its maps say."""
 
+import logging
 from dataclasses import replace
 from typing import Self
 
@@ -7,14 +8,20 @@ import numpy as np
 from pydantic import Field
 
 from engines.base import Engine, Maps, Options
+from engines.errors import NoEngineFits
 from engines.loader import load
+from engines.manifest import Manifest
 from engines.scaling import network_input, network_unit
 from pipeline.component import Context, Settings, Stage
+from pipeline.imaging.fitting import window_of, with_refined
 from pipeline.messages import Flag, Patches, Unmixed
 from pipeline.physics.cell_targets import read_cell_targets
 from pipeline.physics.grid import Peaks, local_maxima
+from pipeline.physics.model_only import MODEL, unmix_by_model
 from pipeline.physics.noise import pixel_noise
 from pipeline.physics.sensor import Sensor
+
+log = logging.getLogger(__name__)
 
 MAX_PEAKS = 16
 """Peaks kept of a patch: over three times what a group is trained to hold, and no more, since
@@ -22,7 +29,11 @@ what follows takes time that grows with the cube of their number."""
 
 
 class Unmix(Stage[Patches, Unmixed]):
-    """Runs all patches of a frame through the engine as one batch."""
+    """Runs all patches of a frame through the engine as one batch.
+
+    Without an engine (`engine: model`, or none is shipped for the sensor) the imaging model alone
+    unmixes them, which is slower and tells close targets apart less well.
+    """
 
     class Config(Settings):
         """threshold (network units), separate: see `local_maxima`; None = the engine's own.
@@ -36,31 +47,41 @@ class Unmix(Stage[Patches, Unmixed]):
         separate: float | None = Field(None, ge=0.0, le=1.0)
         threads: int | None = Field(None, ge=1, le=256)
 
-    def __init__(self, config: Config, sensor: Sensor, engine: Engine) -> None:
-        self._sensor, self._engine = sensor, engine
-        manifest = engine.manifest
-        self._threshold = config.threshold or manifest.detection_threshold
-        self._separate = manifest.separate if config.separate is None else config.separate
+    def __init__(self, config: Config, sensor: Sensor, engine: Engine | None) -> None:
+        super().__init__(config, sensor)
+        self._engine = engine
 
     @classmethod
     def build(cls, config: Config, context: Context) -> Self:
         """Load the engine the context names; raises EngineError if it does not fit the sensor."""
+        if context.engine == MODEL:
+            return cls(config, context.sensor, None)
         options = Options(threads=config.threads)
-        return cls(config, context.sensor, load(context.engine, context.sensor, options=options))
+        try:
+            engine = load(context.engine, context.sensor, options=options)
+        except NoEngineFits as none:
+            log.warning("%s. Going on with the imaging model alone, slower", none)
+            engine = None
+        return cls(config, context.sensor, engine)
 
     def process(self, message: Patches) -> Unmixed:
         """Positions in frame coordinates, in the order of the patches; bad pixels are filled.
 
         Of a patch with more than MAX_PEAKS peaks the strongest are kept and its group is CROWDED.
         """
-        manifest = self._engine.manifest
+        if self._engine is None:
+            return self._by_model(message)
+        return self._by_network(message, self._engine)
+
+    def _by_network(self, message: Patches, engine: Engine) -> Unmixed:
+        manifest = engine.manifest
         signal = np.where(message.usable_BHW, message.counts_BHW - message.background_BHW, 0.0)
         signal = signal.astype(np.float32)
         noise = pixel_noise(message.counts_BHW.astype(np.float32), message.usable_BHW, self._sensor)
         unit = network_unit(signal, manifest.scaling, self._sensor.full_scale)
         patch = network_input(signal, noise, self._sensor.sigma_px, unit, manifest.planes)
-        maps = self._engine.infer(patch)
-        peaks = self._read(maps)
+        maps = engine.infer(patch)
+        peaks = self._read(maps, manifest)
         number = np.bincount(peaks.image, minlength=len(maps))
         if (number > MAX_PEAKS).any():
             peaks = strongest(peaks, MAX_PEAKS)
@@ -82,15 +103,36 @@ class Unmix(Stage[Patches, Unmixed]):
             source=manifest.name,
         )
 
-    def _read(self, maps: Maps) -> Peaks:
-        manifest = self._engine.manifest
+    def _read(self, maps: Maps, manifest: Manifest) -> Peaks:
         if manifest.output == "cell-targets":
             return read_cell_targets(maps, self._sensor.sigma_px, manifest.count_spread)
-        return local_maxima(maps, manifest.c, self._threshold, separate=self._separate)
+        config = self._config
+        threshold = config.threshold or manifest.detection_threshold
+        separate = manifest.separate if config.separate is None else config.separate
+        return local_maxima(maps, manifest.c, threshold, separate=separate)
+
+    def _by_model(self, message: Patches) -> Unmixed:
+        found = unmix_by_model(window_of(message), self._sensor)
+        start = Unmixed(
+            patches=message,
+            patch=np.zeros(0, dtype=np.int32),
+            xy_px=np.zeros((0, 2)),
+            intensity=np.zeros(0),
+            refined=np.zeros(0, dtype=np.bool_),
+            p_exist=np.zeros(0),
+            cov_px2=np.zeros((0, 3)),
+            intensity_sigma=np.zeros(0),
+            joint_px2=np.full((len(message.group), 0, 0), np.nan),
+            cell_px=0.0,
+            engine="",
+            source=MODEL,
+        )
+        return with_refined(start, found)
 
     def close(self) -> None:
         """Release the engine."""
-        self._engine.close()
+        if self._engine is not None:
+            self._engine.close()
 
 
 def strongest(peaks: Peaks, number: int) -> Peaks:
