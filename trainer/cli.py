@@ -172,6 +172,9 @@ def evaluate(
     priors: Annotated[
         bool, typer.Option(help="Refine with the benchmark's own rules: intensities, separation.")
     ] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw reliability and errors beside their bound: a PNG.")
+    ] = None,
     json_out: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here as JSON.")
     ] = None,
@@ -189,8 +192,11 @@ def evaluate(
     from pipeline.formats.csist import read_csist
     from trainer import evaluate as scoring
 
-    if json_out is not None:
-        _make_folder(json_out.parent)
+    for out in (picture, json_out):
+        if out is not None:
+            _make_folder(out.parent)
+    if picture is not None:
+        _need_torch()
     data = read_csist(dataset)
     if engine == MODEL:
         loaded = None
@@ -203,7 +209,9 @@ def evaluate(
         loaded = load_trained(str(network), weights, data.sensor)
     title = str(engine) if loaded is None else loaded.manifest.name
     with loaded or nullcontext(), _progress(title, len(data)) as show:
-        figures = scoring.evaluate(data, loaded, show, refined=refine, priors=priors)
+        figures = scoring.evaluate(
+            data, loaded, show, refined=refine, priors=priors, picture=picture
+        )
     scoring.print_figures(figures, Console())
     if json_out is not None:
         json_out.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,9 +14,10 @@ from rich.table import Table
 
 from engines.base import Engine
 from pipeline.formats.csist import CsistDataset
+from pipeline.physics.candidates import at_least
 from pipeline.physics.fit import Priors, Window, compile_fit
 from pipeline.physics.grid import target_map
-from pipeline.physics.groups import PROFILES
+from pipeline.physics.groups import MAX_TARGETS, PROFILES
 from pipeline.physics.model_only import MODEL, unmix_by_model
 from pipeline.physics.refine import refine
 from trainer.errors import TrainerError
@@ -42,6 +44,7 @@ class Unmixed:
     """What an engine made of the images of a dataset."""
 
     found: list[Detections]  # for each image, see `trainer.reading`
+    p_exist: NDArray[np.float64]  # (N, K) that an image has 1, 2, … targets or more; NaN: unsaid
     refined: bool
     priors: bool  # the benchmark's own rules were used
     psnr_db: NDArray[np.float64]  # (N,) of maps of intensity against the true ones, else NaN
@@ -74,9 +77,18 @@ def evaluate(
     *,
     refined: bool = False,
     priors: bool = False,
+    picture: Path | None = None,
 ) -> dict[str, Any]:
-    """Unmix a dataset and score it: `figures` of `unmix`."""
+    """Unmix a dataset and score it: `figures` of `unmix`.
+
+    picture: a PNG of how honest it is and how near the bound, see `trainer.reliability`.
+    """
     unmixed = unmix(dataset, engine, progress, refined=refined, priors=priors)
+    if picture is not None:
+        from trainer.reliability import draw_reliability
+
+        method = Method.of(engine)
+        draw_reliability(dataset, unmixed.found, unmixed.p_exist, method.name, method.c, picture)
     return figures(dataset, Method.of(engine), unmixed)
 
 
@@ -157,6 +169,7 @@ def unmix(
         )
     known = rules(dataset) if priors else Priors(background_known=dataset.background == 0.0)
     found: list[Detections] = []
+    p_exist = np.full((len(dataset), MAX_TARGETS + 1), np.nan)
     psnr, similarity = np.full((2, len(dataset)), np.nan)
     seconds = 0.0
     compile_fit()
@@ -185,12 +198,14 @@ def unmix(
                 read = refine(window, read, dataset.sensor, known).candidates
         seconds += time.perf_counter() - began
         found += detections(read, len(counts))
+        if read.counted:
+            p_exist[part] = at_least(read, len(counts), MAX_TARGETS + 1)
         if engine is not None and engine.manifest.output == "intensity-map":
             truth = true_maps(dataset, part, engine.manifest.c, seen.unit)
             psnr[part], similarity[part] = psnr_db(maps, truth), ssim(maps, truth)
         if progress is not None:
             progress(len(found))
-    return Unmixed(found, refined or engine is None, priors, psnr, similarity, seconds)
+    return Unmixed(found, p_exist, refined or engine is None, priors, psnr, similarity, seconds)
 
 
 def rules(dataset: CsistDataset) -> Priors:

@@ -78,3 +78,10 @@ def table(candidates: Candidates, patches: int, spare: int = 0) -> Table:
     )
     present = np.arange(columns) < count[:, None]
     return Table(present, values[..., :3], values[..., 3], values[..., 4:7], values[..., 7])
+
+
+def at_least(candidates: Candidates, patches: int, most: int) -> Array64:
+    """Probability (B, most) that a patch has at least 1, 2, … targets, of candidates counted."""
+    rows = table(candidates, patches, spare=most)
+    result: Array64 = np.where(rows.present, rows.p_exist, 0.0)[:, :most]
+    return result
