@@ -218,6 +218,28 @@ def evaluate(
 
 
 @app.command()
+def robustness(
+    engine: Annotated[str, typer.Option(help="A shipped engine or a path.")] = "default",
+    count: Annotated[int, typer.Option(min=1, help="Patches of each case.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the patches.")] = 1,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Write the rows here too.")
+    ] = None,
+) -> None:
+    """What comes out of hard cases: crowds, borders, saturation, bad pixels, extended objects."""
+    from engines.loader import load
+    from trainer import robustness as hard
+
+    if json_out is not None:
+        _make_folder(json_out.parent)
+    with load(engine, hard.SENSOR) as loaded:
+        rows = hard.robustness(loaded, count, seed)
+    hard.print_robustness(rows, Console())
+    if json_out is not None:
+        json_out.write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n")
+
+
+@app.command()
 def benchmark(
     out: Annotated[Path, typer.Option(help="Folder for the table, its figures and pictures.")],
     dataset: Annotated[
