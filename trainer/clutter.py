@@ -1,10 +1,11 @@
 """Pictures of synthetic clutter with small targets in them and masks of these, as PNG.
 
-Clouds, sea glint, wooded ridges, buildings with windows and wires, eroded terrain: Gaussian fields
-with spectrum |f|^−β, cut, bent and overlaid. A picture has a size of its own, its own blur, noise
-and grey levels; some are enlarged, some have been JPEG. A target is an elliptic Gaussian of sigma
-0.6…2.5 px or, one in five, a blurred disc; its peak is 15…120 grey levels and at least three times
-what is restless round it. Seven in eight pictures hold one target, the others two.
+Clouds, sea glint, wooded ridges, buildings with windows and wires, eroded terrain, a tree line
+under a dark sky, plain noise: Gaussian fields with spectrum |f|^−β, cut, bent and overlaid. A
+picture has a size, blur, noise and grey levels of its own; some are enlarged, some have been JPEG.
+A target is an elliptic Gaussian of sigma 0.6…2.5 px or, one in five, a blurred disc; its peak is
+15…120 grey levels and at least three times what is restless round it. Seven in eight pictures hold
+one target, the others two.
 """
 
 from collections.abc import Callable
@@ -31,8 +32,9 @@ class Picture(NamedTuple):
 
 def draw_picture(kind: str, rng: np.random.Generator) -> Picture:
     """One picture; `kind` is a key of KINDS."""
-    height, width = (int(length) for length in rng.integers(128, 300, 2))
-    noise = float(np.exp(rng.uniform(np.log(0.4), np.log(5.0))))
+    sides = np.exp(rng.uniform(np.log(80.0), np.log(340.0), 2))
+    height, width = (int(side) for side in sides)
+    noise = float(np.exp(rng.uniform(np.log(0.4), np.log(8.0))))
     grey = KINDS[kind](rng, height, width)
     mask = np.zeros(grey.shape, np.bool_)
     for _ in range(1 if rng.random() < 0.88 else 2):
@@ -140,8 +142,8 @@ def _buildings(rng: np.random.Generator, height: int, width: int) -> Grey:
                     grey[window] = wall + pane * rng.uniform(0.6, 1.0)
         left = right + int(rng.integers(0, 25))
     for _ in range(int(rng.integers(0, 3))):
-        ends = (rng.random((2, 2)) * (width, height)).astype(int).tolist()
-        cv2.line(grey, *ends, float(rng.uniform(90, 190)), int(rng.integers(1, 3)))
+        start, end = (rng.random((2, 2)) * (width, height)).astype(int).tolist()
+        cv2.line(grey, start, end, float(rng.uniform(90, 190)), int(rng.integers(1, 3)))
     return _blurred(grey, rng.uniform(0.6, 1.1))
 
 
@@ -154,12 +156,39 @@ def _terrain(rng: np.random.Generator, height: int, width: int) -> Grey:
     return _blurred(rng.uniform(70, 140) + sign * rng.uniform(15, 45) * relief, 0.8)
 
 
+def _treeline(rng: np.random.Generator, height: int, width: int) -> Grey:
+    """A gain-controlled camera's view: sky darkest above bright, often saturated trees; posts."""
+    row = np.arange(height)[:, None]
+    crest = height * (rng.uniform(0.5, 0.85) + 0.03 * power_law(rng, 4, width, 2.5)[0])
+    above = np.maximum(crest - row, 0.0) / height
+    sky = rng.uniform(60, 120) * (1.0 - np.exp(-above * rng.uniform(3, 20)))
+    sky += rng.uniform(1, 12) * power_law(rng, height, width, 3.4)
+    trunks = cv2.resize(power_law(rng, max(8, height // 4), width, 1.8), (width, height))
+    trees = rng.uniform(140, 300) + rng.uniform(20, 60) * trunks
+    field = rng.uniform(60, 180) + rng.uniform(2, 10) * power_law(rng, height, width, 2.2)
+    foot = crest + height * rng.uniform(0.03, 0.12)
+    grey = np.where(row < crest, sky, np.where(row < foot, trees, field))
+    for _ in range(int(rng.integers(0, 4))):
+        x, top = int(rng.integers(width)), int(rng.integers(height // 3, height))
+        grey[top:, x : x + int(rng.integers(1, 5))] = rng.uniform(120, 260)
+    return _blurred(np.clip(grey, 0.0, 255.0), rng.uniform(0.6, 1.2))
+
+
+def _plain(rng: np.random.Generator, height: int, width: int) -> Grey:
+    """Nothing but noise, often stronger than anywhere else, and the pattern of the columns."""
+    noise = float(np.exp(rng.uniform(0.0, np.log(25.0))))
+    columns = rng.uniform(0.0, 0.5) * noise * rng.standard_normal(width)
+    return rng.uniform(70, 140) + columns + noise * rng.standard_normal((height, width))
+
+
 KINDS: dict[str, Callable[[np.random.Generator, int, int], Grey]] = {
     "clouds": _clouds,
     "sea": _sea,
     "ridges": _ridges,
     "buildings": _buildings,
     "terrain": _terrain,
+    "treeline": _treeline,
+    "plain": _plain,
 }
 
 

@@ -19,7 +19,7 @@ from pipeline.imaging.islands import describe, directional_contrast, find_island
 from trainer.clutter import Picture, draw_pictures
 from trainer.errors import TrainerError
 
-HIDDEN = 12
+HIDDEN = 20
 STEPS = 800
 LEARNING_RATE, WEIGHT_DECAY = 0.02, 0.01
 GATE_PX = 3.0

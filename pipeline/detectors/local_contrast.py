@@ -4,7 +4,7 @@
 2. Candidates: peaks of the directional contrast at four sizes (`imaging/islands.py`), each grown
    into the island it is the top of. Edges, ridges, poles and roofs are no islands.
 3. Score: seventeen figures of each island, its rim, its ring, the other islands and the picture go
-   through a discriminant of twelve hidden units, fitted to synthetic clutter by
+   through a discriminant of twenty hidden units, fitted to synthetic clutter by
    `trainer fit-discriminant`. It has learnt to weigh them, not what a picture looks like.
 4. Equivalent sigmas: how often, a pixel, islands of held-out synthetic clutter get such a score.
    On clutter unlike it the set rate is met only as far as that holds.

@@ -68,7 +68,8 @@ class Temporal(Detector):
         else:
             level = self._filter.background(clean_HW)
             sigma_HW = self._filter.sigma(filtered_HW, level, self._config.block_px)
-            restless_HW = np.sqrt(cv2.blur(self._power_HW, (3, 3)))
+            # running sums may fall a little below zero
+            restless_HW = np.sqrt(np.maximum(cv2.blur(self._power_HW, (3, 3)), 0.0))
             sigma_HW = float32(np.maximum(sigma_HW, restless_HW))
             signal = Signal(moving_HW, filtered_HW / sigma_HW, sigma_HW)
         self._seen = min(self._seen + 1, self._config.memory_frames)

@@ -44,6 +44,8 @@ def evaluate_detection(
     chosen = _detect_settings(settings, config)
     frames: Frames
     if masks is None:
+        if source.is_dir() and not (source / "zarr.json").exists():
+            raise PipelineError(f"{source}: no recording; for a folder of pictures give MASKS_DIR")
         frames = RecordedFrames(source)
         bad_pixels_HW = load_bad_pixels(settings.sensor.bad_pixels, frames.shape)
     else:

@@ -25,10 +25,7 @@ class TrueFrame(NamedTuple):
 
 
 class Frames(ABC):
-    """Frames of one camera or of many.
-
-    in_sequence: one follows the other in time, so that a detector may remember.
-    """
+    """Frames of one camera, one following the other in time, or of many: not `in_sequence`."""
 
     sensor: Sensor
     in_sequence: bool
@@ -38,7 +35,7 @@ class Frames(ABC):
 
 
 class Pictures(Frames):
-    """A folder of pictures and one of masks; every picture is of a camera of its own."""
+    """A folder of pictures, in the order of their names, and one of masks."""
 
     sensor = Sensor()
     in_sequence = False
@@ -55,7 +52,7 @@ class Pictures(Frames):
             mask_HW, scaled = read_mask(pair, pixels_HW.shape)
             if scaled:
                 print(f"{pair.mask}: scaled to the size of its picture", file=sys.stderr)
-            yield TrueFrame(pixels_HW, regions_of(mask_HW).xy_px, pair.picture.stem)
+            yield TrueFrame(pixels_HW, regions_of(mask_HW).xy_px, str(pair.picture))
 
 
 class RecordedFrames(Frames):
