@@ -189,9 +189,9 @@ def shaken(scene_HW, rng, number):
 def test_temporal_sees_what_moves_over_still_clutter_while_the_camera_shakes():
     """Point-like clutter, which no single frame tells from targets, is learnt as background."""
     rng = np.random.default_rng(8)
-    still = rng.uniform(10, 118, (30, 2))
+    still = rng.uniform(10, 118, (12, 2))
     scene_HW = 1000.0 + 40.0 * cv2.GaussianBlur(rng.standard_normal((128, 128)), (0, 0), 6.0) * 10
-    scene_HW += render(still, np.full(30, 2500.0), scene_HW.shape, 0.6)
+    scene_HW += render(still, np.full(12, 2500.0), scene_HW.shape, 0.6)
     detectors = {name: build(name) for name in ("temporal", "matched_filter")}
     false, found = dict.fromkeys(detectors, 0), dict.fromkeys(detectors, 0)
     for number in range(40):
@@ -206,7 +206,7 @@ def test_temporal_sees_what_moves_over_still_clutter_while_the_camera_shakes():
                 found[name] += int((distance < 2.0).any())
                 false[name] += int((distance >= 2.0).sum())
     assert found["temporal"] >= 18
-    assert false["temporal"] <= 0.1 * false["matched_filter"]
+    assert false["temporal"] <= 0.05 * false["matched_filter"]
 
 
 def test_temporal_starts_as_the_matched_filter_and_again_after_a_jump():
