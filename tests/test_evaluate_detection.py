@@ -102,7 +102,7 @@ def test_true_targets_of_one_group_count_once():
     assert groups_of(np.empty((0, 2))).shape == (0, 2)
 
 
-def test_a_mask_holds_the_pixels_above_half_of_each_peak():
+def test_a_mask_holds_the_pixels_above_a_share_of_each_peak():
     y, x = np.mgrid[:40, :40]
     snr_HW = np.zeros((40, 40), np.float32)
     for at, height in (((10, 12), 20.0), ((30, 28), 8.0)):
@@ -111,7 +111,7 @@ def test_a_mask_holds_the_pixels_above_half_of_each_peak():
     assert len(regions_of(mask_HW).pixels) == 2
     for at, height in (((10, 12), 20.0), ((30, 28), 8.0)):
         near = np.hypot(x - at[0], y - at[1]) < 8
-        np.testing.assert_array_equal(mask_HW[near], snr_HW[near] >= 0.5 * height)
+        np.testing.assert_array_equal(mask_HW[near], snr_HW[near] >= 0.6 * height)
 
 
 # --- files ---------------------------------------------------------------------------------------

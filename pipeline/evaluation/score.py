@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from pipeline.imaging.regions import Image, Regions
 
 GATE_PX = 3.0
-MASK_SHARE = 0.5
-"""A detection's pixels are those connected with its peak above half of it."""
+MASK_SHARE = 0.6
+"""A detection's pixels are those connected with its peak above this share of it."""
 GROUP_PX = 3.0
 """True targets of a recording nearer than this are one group: telling them apart is unmixing."""
 
