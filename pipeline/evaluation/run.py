@@ -17,10 +17,10 @@ RATES = tuple(np.geomspace(0.003, 30.0, 9).tolist())
 """False alarms a frame set for the points of a ROC."""
 
 UNKNOWN_CAMERA = Detect.Config(
-    detector={"kind": "local_contrast"}, false_alarms_per_frame=0.05, min_sigmas=4.8
+    detector={"kind": "local_contrast"}, false_alarms_per_frame=0.03, min_sigmas=4.0
 )
-"""For pictures of cameras of which nothing is known, targets being of any size: a false alarm in
-twenty pictures of 250 × 250 px, and in smaller ones no more a pixel than that."""
+"""For pictures of cameras of which nothing is known, targets being of any size: one false alarm in
+33 pictures, whatever their size. On synthetic clutter that was 13e-6 of the pixels."""
 
 
 def evaluate(
