@@ -16,6 +16,7 @@ from rich.table import Table
 from pipeline.command import run_app
 from pipeline.config import load_config, open_source
 from pipeline.errors import PipelineError, RunError
+from pipeline.evaluation.command import evaluate_detection
 from pipeline.summary import Summary, adds_up, print_accounting, print_summary, score
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML config
 EngineOption = Annotated[
     str | None, typer.Option("--engine", help="Name of a shipped engine, or path of a manifest.")
 ]
+app.command()(evaluate_detection)
 MIN_RATE_HZ, MAX_RATE_HZ = 1e-3, 1e6
 TERMINATED = 128 + signal.SIGTERM
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5556"

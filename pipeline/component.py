@@ -1,4 +1,4 @@
-"""Sources and stages as plug-ins: one file each, loaded when its name is named.
+"""Sources, stages and detectors as plug-ins: one file each, loaded when its name is named.
 
 The file `pipeline/stages/detect.py` holds the class `Detect` with a nested `Config`; in a
 configuration it is called `detect`. To add one, add a file.
@@ -91,7 +91,7 @@ def configured_sensor(own: Sensor, overrides: dict[str, Any], where: str) -> Sen
         raise PipelineError(f"{where}: {error}") from error
 
 
-Kind = Literal["source", "stage"]
+Kind = Literal["source", "stage", "detector"]
 
 
 def available(kind: Kind) -> list[str]:

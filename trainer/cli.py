@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.command import run_app
+from trainer import clutter_commands
 from trainer.errors import TrainerError
 from trainer.fit_config import BENCHMARK_SEED
 
@@ -26,6 +27,10 @@ app = typer.Typer(
 NetworkArgument = Annotated[
     str, typer.Argument(metavar="NETWORK", help="A file of trainer/networks.")
 ]
+
+
+app.command()(clutter_commands.draw_clutter)
+app.command()(clutter_commands.fit_discriminant)
 
 
 def main() -> None:

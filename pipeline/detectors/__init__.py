@@ -1,0 +1,1 @@
+"""How point sources are made to stand out, one file each; see pipeline/detector.py."""

@@ -1,0 +1,1 @@
+"""How well targets are detected: on pictures with masks, and on recordings with truth."""
