@@ -21,10 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from pipeline.component import Settings, Source, component
+from pipeline.component import FedSource, Settings, Source, component
 from pipeline.errors import PipelineError
 from pipeline.formats.yaml_map import read_yaml_map
 from pipeline.runtime.topology import TOPOLOGY, Node, flow_types
+from pipeline.transport.feed import FeedSocket
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -230,6 +231,8 @@ def open_source(config: PipelineConfig) -> Source:
     """The configured source; raises PipelineError if it cannot be opened."""
     kind = component("source", config.source_kind)
     source: Source = kind.build(config.source, config.sensor.overrides())
+    if isinstance(source, FedSource):
+        source.listen = FeedSocket
     return source
 
 

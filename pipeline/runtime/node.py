@@ -198,7 +198,7 @@ def _paced(source: Source, stop: Event) -> Stream:
 
 def _shedding(source: Source, sender: CreditSender, queue: int, stop: Event) -> Stream:
     """Frames as the source has them; the oldest is shed, visibly, when `queue` are waiting."""
-    waiting: deque[tuple[Frame, int]] = deque()
+    waiting: deque[tuple[Frame | Dropped, int]] = deque()
     shed: deque[tuple[Dropped, int]] = deque()  # all older than what is waiting
     fresh = threading.Condition()
     failure: list[Exception] = []
@@ -210,8 +210,7 @@ def _shedding(source: Source, sender: CreditSender, queue: int, stop: Event) -> 
                 with fresh:
                     if len(waiting) >= queue:
                         oldest, t_ingest_ns = waiting.popleft()
-                        lost = Dropped(oldest.info.seq, "source", "overload: oldest frame shed")
-                        shed.append((lost, t_ingest_ns))
+                        shed.append((_shed(oldest), t_ingest_ns))
                     waiting.append((frame, time.monotonic_ns()))
                     fresh.notify()
                 if stop.is_set():
@@ -233,6 +232,12 @@ def _shedding(source: Source, sender: CreditSender, queue: int, stop: Event) -> 
             yield entry
     if failure:
         raise failure[0]
+
+
+def _shed(frame: Frame | Dropped) -> Dropped:
+    if isinstance(frame, Dropped):
+        return frame
+    return Dropped(frame.info.seq, "source", "overload: oldest frame shed")
 
 
 def _run_between(task: NodeTask) -> None:

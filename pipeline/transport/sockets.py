@@ -46,7 +46,7 @@ def end() -> None:
     zmq.Context.instance().destroy(linger=LINGER_MS)
 
 
-def _bind(socket: "zmq.Socket[bytes]", endpoint: str) -> contextlib.ExitStack:
+def bind(socket: "zmq.Socket[bytes]", endpoint: str) -> contextlib.ExitStack:
     """Listen at an endpoint; returns what holds it, to be closed with the socket."""
     hold = contextlib.ExitStack()
     try:
@@ -99,7 +99,7 @@ class CreditSender:
         self._socket = _socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # credit is the limit
-        self._hold = _bind(self._socket, endpoint)
+        self._hold = bind(self._socket, endpoint)
         self._receivers = receivers
         self._limit = queue
         self._credit: dict[bytes, int] = {}
@@ -227,7 +227,7 @@ class Publisher:
         self._socket.setsockopt(zmq.XPUB_VERBOSE, 1)  # to count subscribers of one topic
         self._hold = contextlib.ExitStack()
         for endpoint in endpoints:
-            self._hold.enter_context(_bind(self._socket, endpoint))
+            self._hold.enter_context(bind(self._socket, endpoint))
 
     def wait_subscribers(self, topic: bytes, others: int, tick: Tick) -> None:
         """Return once somebody has subscribed to exactly this topic, and `others` to targets.
@@ -319,7 +319,7 @@ class ControlReceiver:
 
     def __init__(self, endpoint: str) -> None:
         self._socket = _socket(zmq.PULL)
-        self._hold = _bind(self._socket, endpoint)
+        self._hold = bind(self._socket, endpoint)
 
     def receive(self, timeout_s: float) -> bytes | None:
         """The next event's bytes, None if none came in time."""
