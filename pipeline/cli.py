@@ -16,6 +16,7 @@ from rich.table import Table
 from pipeline.command import run_app
 from pipeline.config import load_config, open_source
 from pipeline.errors import PipelineError, RunError
+from pipeline.ingest import calibrate
 from pipeline.summary import Summary, adds_up, print_accounting, print_summary, score
 
 app = typer.Typer(
@@ -32,6 +33,9 @@ EngineOption = Annotated[
 MIN_RATE_HZ, MAX_RATE_HZ = 1e-3, 1e6
 TERMINATED = 128 + signal.SIGTERM
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5556"
+
+
+app.command()(calibrate)
 
 
 def main() -> None:

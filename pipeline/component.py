@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import PipelineError
+from pipeline.formats.calibration import Calibration
 from pipeline.formats.recording import Truth as Truth  # part of what a source offers
 from pipeline.messages import BadMessage, Dropped, Frame, SentFrame
+from pipeline.physics.geometry import Geometry
 from pipeline.physics.sensor import Sensor
 
 In = TypeVar("In")
@@ -38,6 +40,8 @@ class Context:
     sensor: Sensor
     bad_pixels_HW: NDArray[np.bool_] | None = None
     engine: str = "default"
+    calibration: Calibration | None = None
+    geometry: Geometry | None = None
 
 
 class Stage(ABC, Generic[In, Out]):

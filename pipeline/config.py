@@ -16,15 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import cv2
-import numpy as np
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from pipeline.component import FedSource, Settings, Source, component
 from pipeline.errors import PipelineError
 from pipeline.formats.yaml_map import read_yaml_map
 from pipeline.runtime.topology import TOPOLOGY, Node, flow_types
+from pipeline.sensing import SensorSettings
 from pipeline.transport.feed import FeedSocket
 
 S = TypeVar("S", bound=BaseModel)
@@ -34,26 +32,6 @@ LOCAL_ENDPOINT = (
 )
 LAST_PORT = 65535
 MAX_SHOWN = 80
-
-
-class SensorSettings(Settings):
-    """Fields of the sensor that the source does not know, or has wrong."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
-
-    id: str | None = Field(None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")
-    sigma_px: float | None = Field(None, ge=0.1, le=5.0)
-    full_scale: int | None = Field(None, ge=1, le=65535)
-    read_noise: float | None = Field(None, ge=0.0, le=1e6)
-    gain: float | None = Field(None, gt=0.0, le=1e9)
-    ifov_rad: float | None = Field(None, gt=0.0)
-    bad_pixels: Path | None = Field(None, description="PNG of the frame's size, not 0 = bad")
-
-    def overrides(self) -> dict[str, Any]:
-        """The fields of `Sensor` that were given."""
-        given = self.model_dump(exclude_none=True)
-        given.pop("bad_pixels", None)
-        return given
 
 
 class NodeSettings(Settings):
@@ -158,10 +136,16 @@ def load_config(
     published = data.get("publish")
     if published is None or isinstance(published, dict):
         published = {"endpoint": default_endpoint, **(published or {}), **(publish or {})}
+    sensor = _section(SensorSettings, data.get("sensor"), "sensor", where)
+    if sensor.calibration is not None and "calibrate" not in stage_names:
+        raise PipelineError(
+            f"{where}: sensor.calibration is for the stage `calibrate`, which no node runs; "
+            "put it before detect at topology.front.stages"
+        )
     return PipelineConfig(
         source_kind=kind,
         source=_section(component("source", kind).Config, chosen, "source", where),
-        sensor=_section(SensorSettings, data.get("sensor"), "sensor", where),
+        sensor=sensor,
         engine=engine,
         topology=topology,
         stages={
@@ -234,19 +218,3 @@ def open_source(config: PipelineConfig) -> Source:
     if isinstance(source, FedSource):
         source.listen = FeedSocket
     return source
-
-
-def load_bad_pixels(path: Path | None, shape: tuple[int, int]) -> NDArray[np.bool_] | None:
-    """Read a bad-pixel map (H, W), True = bad; raises PipelineError if it is not of that shape."""
-    if path is None:
-        return None
-    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) if path.exists() else None
-    if image is None or image.ndim != 2:
-        raise PipelineError(f"{path}: sensor.bad_pixels must be a readable grey PNG")
-    if image.shape != shape:
-        raise PipelineError(
-            f"{path}: bad-pixel map is {image.shape[1]}×{image.shape[0]}, "
-            f"frames are {shape[1]}×{shape[0]}"
-        )
-    result: NDArray[np.bool_] = image != 0
-    return result
