@@ -16,7 +16,7 @@ from rich.table import Table
 from pipeline.command import run_app
 from pipeline.config import load_config, open_source
 from pipeline.errors import PipelineError, RunError
-from pipeline.ingest import calibrate
+from pipeline.ingest import calibrate, convert
 from pipeline.summary import Summary, adds_up, print_accounting, print_summary, score
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ TERMINATED = 128 + signal.SIGTERM
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5556"
 
 
+app.command()(convert)
 app.command()(calibrate)
 
 
