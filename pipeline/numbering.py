@@ -5,6 +5,9 @@ from dataclasses import dataclass
 MAX_GAP = 1000
 """A longer jump of the sender's numbers is a new beginning, not so many lost frames."""
 
+RESTARTED = "restarted"
+"""Flag of the first frame after its sender began anew: what was lost between is not known."""
+
 
 @dataclass(frozen=True)
 class Step:

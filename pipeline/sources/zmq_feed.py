@@ -10,14 +10,12 @@ from pydantic import Field, field_validator
 
 from pipeline.component import FedSource, Settings, configured_sensor
 from pipeline.messages import BadMessage, Dropped, Frame, FrameInfo, SentFrame
-from pipeline.numbering import Numbering
+from pipeline.numbering import RESTARTED, Numbering
 from pipeline.physics.groups import SIZE_PX
 from pipeline.physics.sensor import Sensor
 
 LOCAL = r"ipc://[^@\0][^\0]*|tcp://(127(\.[0-9]{1,3}){3}|localhost):[0-9]{1,5}"
 WAIT_S = 0.1
-RESTARTED = "restarted"
-"""Flag of the first frame after its sender began anew: what was lost between is not known."""
 
 
 class ZmqFeed(FedSource):
