@@ -32,7 +32,7 @@ def main() -> int:
             send(out, {"event": "failed", "reason": f"no Aravis for Python ({error}); {remedy}"})
             return EXIT_FAILED
         try:
-            camera = Aravis.Camera.new(options["camera"])
+            camera = Aravis.Camera.new(options["camera"] or first_address(Aravis))
             described = configure(camera, options)
             send(out, {"event": "camera", **described})
             return 0 if options["probe"] else stream(Aravis, camera, options, out)
@@ -52,8 +52,24 @@ def send(out: BinaryIO, header: dict[str, Any], payload: bytes = b"") -> None:
             part = part[out.write(part) :]
 
 
+def first_address(aravis: Any) -> str:
+    """Of the first GigE camera that answers; raises ValueError if none does.
+
+    By its address the camera is then reached over the interface that leads there.
+    """
+    aravis.update_device_list()
+    for index in range(aravis.get_n_devices()):
+        if aravis.get_device_protocol(index) == "GigEVision":
+            return str(aravis.get_device_address(index))
+    raise ValueError("none answers; check cable and network, or give source.camera its address")
+
+
 def configure(camera: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Set what was asked for; returns what the camera then says of itself."""
+    """Set what was asked for; returns what the camera then says of itself.
+
+    It may still stream to a helper that died: that is ended first.
+    """
+    camera.stop_acquisition()
     if options["pixel_format"]:
         camera.set_pixel_format_from_string(options["pixel_format"])
     if options["width"] or options["height"]:
@@ -104,12 +120,15 @@ def stream(aravis: Any, camera: Any, options: dict[str, Any], out: BinaryIO) -> 
         source.push_buffer(aravis.Buffer.new_allocate(payload))
     parent = os.getppid()
     camera.start_acquisition()
-    while not gone and os.getppid() == parent:
-        buffer = source.timeout_pop_buffer(POP_US)
-        if buffer is None:
-            continue
-        pass_on(aravis, buffer, out)
-        source.push_buffer(buffer)
+    try:
+        while not gone and os.getppid() == parent:
+            buffer = source.timeout_pop_buffer(POP_US)
+            if buffer is not None:
+                pass_on(aravis, buffer, out)
+                source.push_buffer(buffer)
+    finally:
+        if not gone:
+            camera.stop_acquisition()
     if gone:
         send(out, {"event": "gone", "reason": "the camera no longer answers"})
         return EXIT_GONE
