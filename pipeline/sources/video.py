@@ -25,6 +25,7 @@ from pipeline.physics.groups import SIZE_PX
 from pipeline.physics.sensor import Sensor
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # errors are told in our own words
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 SIGMA_PX = 0.75
 """Median of Gaussian fits, integrated over pixels, to the airliner of tests/data in 301 frames of
@@ -153,8 +154,9 @@ class Video(Source):
 
 
 def codec(capture: cv2.VideoCapture) -> str:
-    """The four letters that stand for how the video is coded."""
-    return int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little").decode("latin-1")
+    """The four letters that stand for how the video is coded, as capitals."""
+    letters = int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little")
+    return letters.decode("latin-1").upper()
 
 
 def read_grey(capture: cv2.VideoCapture) -> NDArray[Any] | None:
