@@ -114,7 +114,7 @@ def calibrate(
             f"{first.sensor.full_scale}; record both with the same settings"
         )
     try:
-        found = estimate(_measure(first), _measure(second), first.sensor)
+        found = estimate(_measure(first), _measure(second), first.sensor.full_scale)
     except PipelineError as error:
         raise PipelineError(f"{low} and {high}: {error}") from error
     write_calibration(out, found.calibration)

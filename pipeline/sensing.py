@@ -69,6 +69,11 @@ def stage_context(
     if settings.calibration is not None:
         calibration = read_calibration(settings.calibration)
         _same_shape(settings.calibration, "calibration", calibration.bad_HW.shape, shape)
+        if calibration.full_scale != sensor.full_scale:
+            raise PipelineError(
+                f"{settings.calibration}: was made at full scale {calibration.full_scale}, but "
+                f"the sensor has {sensor.full_scale}; calibrate it with the settings it runs with"
+            )
         bad_HW = calibration.bad_HW if bad_HW is None else bad_HW | calibration.bad_HW
     geometry = None
     if settings.geometry is not None:

@@ -58,7 +58,7 @@ def found(raw):
         measure((raw.frame(scene + 3.0 * math.sin(k)) for k in range(40)), 16383)
         for scene in (2000.0, 8000.0)
     ]
-    return estimate(*levels, SENSOR)
+    return estimate(*levels, SENSOR.full_scale)
 
 
 def frame(pixels_HW):
@@ -117,13 +117,13 @@ def test_too_few_frames_say_so(number):
 def test_levels_that_do_not_rise_are_refused(raw, first, second):
     levels = [measure((raw.frame(level) for _ in range(16)), 16383) for level in (first, second)]
     with pytest.raises(PipelineError, match="counts only; give the darker scene first"):
-        estimate(*levels, SENSOR)
+        estimate(*levels, SENSOR.full_scale)
 
 
 def test_a_saturated_scene_is_refused(raw):
     levels = [measure((raw.frame(level) for _ in range(16)), 16383) for level in (8000.0, 16300.0)]
     with pytest.raises(PipelineError, match=r"% of the pixels are bad .* saturated or zero"):
-        estimate(*levels, SENSOR)
+        estimate(*levels, SENSOR.full_scale)
 
 
 # --- file and command ----------------------------------------------------------------------------
@@ -134,15 +134,13 @@ def test_a_calibration_is_read_as_it_was_written(found, tmp_path):
     again = read_calibration(tmp_path / "c.zarr")
     for name in ("gain_HW", "offset_HW", "bad_HW"):
         assert_array_equal(getattr(again, name), getattr(found.calibration, name))
-    assert (again.full_scale, again.sensor_id) == (16383, "west")
+    assert again.full_scale == 16383
 
 
 def test_a_malformed_calibration_is_named(found, tmp_path):
     gain_HW = found.calibration.gain_HW.copy()
     gain_HW[3, 4] = np.nan
-    broken = Calibration(
-        gain_HW, found.calibration.offset_HW, found.calibration.bad_HW, 16383, "west"
-    )
+    broken = Calibration(gain_HW, found.calibration.offset_HW, found.calibration.bad_HW, 16383)
     write_calibration(tmp_path / "c.zarr", broken)
     with pytest.raises(PipelineError, match=r"c.zarr: array `gain` must be finite .*; row 3"):
         read_calibration(tmp_path / "c.zarr")
@@ -194,6 +192,11 @@ def test_a_calibration_that_no_stage_uses_or_of_another_size_is_refused(found, t
     )
     with pytest.raises(PipelineError, match=r"c.zarr: calibration is 96×80, frames are 64×64"):
         stage_context(load_config(config).sensor, SENSOR, (64, 64), "default")
+    other = Sensor(full_scale=4095)
+    with pytest.raises(
+        PipelineError, match="was made at full scale 16383, but the sensor has 4095"
+    ):
+        stage_context(load_config(config).sensor, other, SHAPE, "default")
 
 
 # --- stage ---------------------------------------------------------------------------------------
@@ -293,7 +296,7 @@ def test_bad_pixels_of_a_calibration_reach_detection_and_the_patches(tmp_path):
     pixels = clean.copy()
     pixels[bad_HW] = 16383
     unit = np.ones(shape, np.float32)
-    write_calibration(tmp_path / "c.zarr", Calibration(unit, 0 * unit, bad_HW, 16383, "s"))
+    write_calibration(tmp_path / "c.zarr", Calibration(unit, 0 * unit, bad_HW, 16383))
     config = tmp_path / "config.yaml"
     config.write_text(
         f"sensor: {{calibration: {tmp_path / 'c.zarr'}}}\n"

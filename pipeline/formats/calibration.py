@@ -1,7 +1,7 @@
 """Calibrations: what turns raw counts of one sensor into uniform ones, as a zarr group.
 
 Arrays: gain float32 (H, W), offset float32 (H, W), bad bool (H, W). Attributes: format
-"irst-calibration", format_version, full_scale, sensor_id. Corrected = gain · raw + offset, counts.
+"irst-calibration", format_version, full_scale. Corrected = gain · raw + offset, counts.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,6 @@ class Calibration:
     offset_HW: NDArray[np.float32]  # counts
     bad_HW: NDArray[np.bool_]
     full_scale: int
-    sensor_id: str
 
 
 def write_calibration(path: Path, calibration: Calibration) -> None:
@@ -34,7 +33,6 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
                 "format": FORMAT,
                 "format_version": _checks.FORMAT_VERSION,
                 "full_scale": calibration.full_scale,
-                "sensor_id": calibration.sensor_id,
             }
         )
         group.create_array("gain", data=calibration.gain_HW)
@@ -46,13 +44,11 @@ def read_calibration(path: Path) -> Calibration:
     """Read and check a calibration; raises PipelineError naming what is malformed."""
     group = _checks.open_group(path)
     _checks.check_format(path, group, FORMAT)
-    attributes = group.attrs.asdict()
     gain_HW = _checks.values(path, group, "gain", "float32", (None, None))
     offset_HW = _checks.values(path, group, "offset", "float32", gain_HW.shape)
     bad_HW = _checks.values(path, group, "bad", "bool", gain_HW.shape)
     wrong = ~(np.isfinite(gain_HW) & (gain_HW > 0.0))
     _checks.refuse(path, "gain", "must be finite and positive", wrong.any(axis=1))
     _checks.refuse(path, "offset", "must be finite", ~np.isfinite(offset_HW).all(axis=1))
-    full_scale = _checks.number_attribute(path, attributes, "full_scale", whole=True)
-    sensor_id = str(_checks.attribute(path, attributes, "sensor_id"))
-    return Calibration(gain_HW, offset_HW, bad_HW, int(full_scale), sensor_id)
+    full_scale = _checks.number_attribute(path, group.attrs.asdict(), "full_scale", whole=True)
+    return Calibration(gain_HW, offset_HW, bad_HW, int(full_scale))

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from pipeline.errors import PipelineError
 from pipeline.formats.calibration import Calibration
-from pipeline.physics.sensor import Sensor
 
 MIN_FRAMES = 16
 """With fewer, quiet pixels look noisy by chance: 1 in 10 million of 16 frames doubles."""
@@ -84,7 +83,7 @@ def measure(frames: Iterable[NDArray[Any]], full_scale: int) -> Level:
     return Level(first_HW + mean_HW + drift / count, variance_HW, saturated_HW, count)
 
 
-def estimate(low: Level, high: Level, sensor: Sensor) -> Estimate:
+def estimate(low: Level, high: Level, full_scale: int) -> Estimate:
     """Correction, bad pixels and noise; raises PipelineError if the levels cannot give them."""
     response_HW = high.mean_HW - low.mean_HW
     response = float(np.median(response_HW))
@@ -122,8 +121,7 @@ def estimate(low: Level, high: Level, sensor: Sensor) -> Estimate:
             gain_HW.astype(np.float32),
             offset_HW.astype(np.float32),
             bad_HW,
-            sensor.full_scale,
-            sensor.id,
+            full_scale,
         ),
         read_noise,
         gain,
