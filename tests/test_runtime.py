@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -17,13 +16,18 @@ from pipeline.component import Stage
 from pipeline.messages import Dropped, Frame, FrameInfo, Trace
 from pipeline.physics.sensor import Sensor
 from pipeline.runtime.flow import Flow
-from pipeline.runtime.node import _shedding
 from pipeline.runtime.topology import TOPOLOGY
 
 
 def children(pid: int) -> list[int]:
     listed = Path(f"/proc/{pid}/task/{pid}/children")
     return [int(child) for child in listed.read_text().split()] if listed.exists() else []
+
+
+def workers(pid: int) -> list[int]:
+    """Processes of the nodes, in the order of the topology."""
+    listed = children(pid)
+    return [n for n in listed if "spawn_main" in Path(f"/proc/{n}/cmdline").read_text()]
 
 
 def alive(pid: int) -> bool:
@@ -66,6 +70,7 @@ def start(
 SCENE = (
     "source: {{kind: synthetic, rate_hz: {rate}, width: 160, height: 128, singles: 3, groups: 2}}\n"
     'publish: {{endpoint: "ipc://{folder}/out"}}\n'
+    "supervisor: {{name: {folder.name}}}\n"
 )
 
 
@@ -121,12 +126,12 @@ def test_overload_sheds_the_oldest_frames_visibly(run_dir):
 
 
 @pytest.mark.parametrize("row", [0, 1, 2])
-def test_a_killed_node_ends_the_run_with_one_line(run_dir, row):
-    process = start(run_dir, SCENE.format(rate=20, folder=run_dir))
+def test_a_node_that_may_not_restart_ends_the_run_with_one_line(run_dir, row):
+    config = SCENE.format(rate=20, folder=run_dir).replace("{name", "{restarts: 0, name")
+    process = start(run_dir, config)
     first_status(process)
     nodes = children(process.pid)
-    spawned = [n for n in nodes if "spawn_main" in Path(f"/proc/{n}/cmdline").read_text()]
-    os.kill(spawned[row], signal.SIGKILL)
+    os.kill(workers(process.pid)[row], signal.SIGKILL)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1
     name = TOPOLOGY[row].name
@@ -157,54 +162,17 @@ def test_a_replay_told_to_stop_leaves_nothing_behind(run_dir, scene_recording):
     assert list(run_dir.glob("irst-*")) == []
 
 
-class _Unplugged:
-    """A source whose camera goes away, in a way nobody thought of."""
-
-    def frames(self):
-        for seq in range(3):
-            yield Frame(FrameInfo(seq, "s", 0, "utc", (1, 1)), np.zeros((1, 1), np.uint8))
-        raise ValueError("unplugged")
-
-
-class _Ready:
-    def can_send(self, wait_ms):
-        return True
-
-
-def test_a_live_source_that_fails_gives_its_frames_and_then_its_error():
-    stream = _shedding(_Unplugged(), _Ready(), 8, threading.Event())
-    seen = [next(stream)[0].info.seq for _ in range(3)]
-    assert seen == [0, 1, 2]
-    with pytest.raises(ValueError, match="unplugged"):
-        next(stream)
-
-
-def test_shedding_keeps_the_newest_and_names_the_rest_in_order():
-    taken = threading.Event()
-
-    class Quick:
-        def frames(self):
-            for seq in range(10):
-                yield Frame(FrameInfo(seq, "s", 0, "utc", (1, 1)), np.zeros((1, 1), np.uint8))
-            taken.set()
-
-    class SlowAtFirst:
-        def can_send(self, wait_ms):
-            return taken.wait(20)
-
-    items = [item for item, _ in _shedding(Quick(), SlowAtFirst(), 3, threading.Event())]
-    assert [item.seq for item in items if isinstance(item, Dropped)] == list(range(7))
-    assert [item.info.seq for item in items if isinstance(item, Frame)] == [7, 8, 9]
-
-
 def test_nodes_end_when_their_supervisor_is_killed(run_dir):
     process = start(run_dir, SCENE.format(rate=20, folder=run_dir))
     first_status(process)
     nodes = children(process.pid)
     assert len(nodes) >= 3
+    os.kill(workers(process.pid)[1], signal.SIGSTOP)  # a stopped one must not stay either
     process.kill()
     process.communicate(timeout=30)
     wait_for(lambda: not any(alive(node) for node in nodes), 10.0)
+    left = {path.name for path in run_dir.iterdir()}
+    assert left == {"config.yaml"}, "no socket is left behind"
 
 
 def test_a_source_that_ends_ends_the_run(run_dir):
