@@ -104,7 +104,6 @@ def subscribe(
     """Print the targets a pipeline publishes, until its stream ends."""
     from pipeline.client import subscribe as subscription
     from pipeline.messages import WIRE_MODELS
-    from pipeline.transport import sockets
 
     schemas = tuple(WIRE_MODELS) if as_json else ("irst.targets/1",)
     seen = 0
@@ -118,7 +117,6 @@ def subscribe(
             seen += message["schema"] == "irst.targets/1"
             if count is not None and seen >= count:
                 break
-    sockets.end()  # the last word to the publisher must leave
 
 
 def _print_targets(message: dict[str, Any]) -> None:

@@ -35,7 +35,6 @@ def run(config: ConfigOption = None, engine: EngineOption = None) -> None:
     """Run beside a sensor until Ctrl-C: publish targets, shed the oldest frames under overload."""
     from pipeline.runtime.logs import configure_logs
     from pipeline.runtime.supervisor import Supervisor
-    from pipeline.transport import sockets
 
     settings = load_config(config, engine=engine, default_endpoint=DEFAULT_ENDPOINT)
     configure_logs(settings.telemetry)
@@ -55,7 +54,6 @@ def run(config: ConfigOption = None, engine: EngineOption = None) -> None:
             end = message
     balanced = end is not None and end["schema"] == "irst.eos/1" and adds_up(end)
     print_accounting(console, end if balanced else None, balanced=balanced)
-    sockets.end()  # what is on its way to subscribers leaves, and the socket's file goes
     if not balanced:
         raise RunError("run: the stream did not end with totals that add up")
 

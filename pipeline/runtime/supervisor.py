@@ -115,7 +115,9 @@ class Supervisor:
         traceback: TracebackType | None,
     ) -> None:
         with self._cleanup:
-            if kind is None:
+            if kind is not None:
+                self._publisher.abandon()
+            else:
                 for child in self._children.all:
                     child.done = True
                     if not self._hub.send(child.identity, Word("stop")) and child.process:

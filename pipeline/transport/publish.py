@@ -15,10 +15,12 @@ import zmq
 from pipeline.errors import PipelineError, RunError
 from pipeline.transport.codec import pack_wire
 from pipeline.transport.security import ClientKeys, ServerKeys
-from pipeline.transport.sockets import bind, new_socket, reason
+from pipeline.transport.sockets import LINGER_MS, bind, new_socket, reason
 
 POLL_MS = 100
 STALL_S = 60
+MAX_TOPIC_BYTES = 1024
+"""libzmq walks a topic byte by byte in recursion: one of megabytes overflows its stack."""
 ACKS = b"acks"
 ACK = b"ack."
 
@@ -53,6 +55,7 @@ class Publisher:
         if keys is not None:
             self._hold.enter_context(keys.admitting())
         self._socket = new_socket(zmq.XPUB)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_TOPIC_BYTES)
         self._socket.setsockopt(zmq.SNDHWM, queue)
         self._socket.setsockopt(zmq.XPUB_NODROP, 1)
         self._socket.setsockopt(zmq.XPUB_VERBOSER, 1)  # to count subscribers of one topic
@@ -121,6 +124,10 @@ class Publisher:
         for had in self._acknowledged:
             if had != messages:
                 raise RunError(f"a subscriber had {had} of {messages} messages")
+
+    def abandon(self) -> None:
+        """What is on its way gets no more than a second: the stream has failed anyway."""
+        self._socket.setsockopt(zmq.LINGER, LINGER_MS)
 
     def close(self) -> None:
         """Close the socket; what is on its way gets a second, lossless a minute, see `end`."""

@@ -1,5 +1,6 @@
 """How every socket is made, listens and is ended; each is owned by one thread."""
 
+import atexit
 import contextlib
 import fcntl
 import os
@@ -31,6 +32,9 @@ def end() -> None:
     The last thing a process does: without it, what is queued at exit is thrown away.
     """
     zmq.Context.instance().destroy(linger=LINGER_MS)
+
+
+atexit.register(end)
 
 
 def bind(socket: "zmq.Socket[bytes]", endpoint: str) -> contextlib.ExitStack:
