@@ -19,7 +19,7 @@ TIMEOUT_S = 2.0
 
 @dataclass(frozen=True)
 class Look:
-    """The figures at one time: name → labels' values → value."""
+    """The figures at one time: name → values of its labels (by name, `le` last) → value."""
 
     t_s: float
     values: dict[str, dict[tuple[str, ...], float]] = field(default_factory=dict)
@@ -47,7 +47,8 @@ def read_figures(address: str) -> Look:
     values: dict[str, dict[tuple[str, ...], float]] = defaultdict(dict)
     for family in families:
         for sample in family.samples:
-            values[sample.name][tuple(sample.labels.values())] = sample.value
+            names = sorted(sample.labels, key=lambda name: (name == "le", name))
+            values[sample.name][tuple(sample.labels[name] for name in names)] = sample.value
     return Look(time.monotonic(), dict(values))
 
 
