@@ -49,7 +49,7 @@ def run_bench(frames: int, engine: str | None) -> None:
     console = Console()
     with tempfile.TemporaryDirectory(prefix="irst-") as folder:
         bench = Bench(Path(folder), engine)
-        _make_recording(bench, frames)
+        bench.make(frames)
         config = bench.config()
         source = open_source(config)
         keep_freed_memory()
@@ -70,28 +70,37 @@ class Bench:
 
     folder: Path
     engine: str | None
+    name: str = "bench"
 
     @property
     def recording(self) -> Path:
         """The scene."""
-        return self.folder / "bench.zarr"
+        return self.folder / f"{self.name}.zarr"
 
-    def config(self, **source: float) -> PipelineConfig:
+    def make(self, frames: int, **scene: Any) -> None:
+        """Write the scene, other than usual as given, and its map of bad pixels."""
+        made = Scene(SceneSettings(seed=1, **scene))
+        shape = (made.settings.height, made.settings.width)
+        cv2.imwrite(str(self._bad_pixels), made.bad_pixels_HW.astype(np.uint8) * 255)
+        with RecordingWriter(self.recording, shape, made.settings.sensor) as writer:
+            say = f"making the recording {self.name}"
+            for index in track(range(frames), say, console=Console(stderr=True)):
+                writer.append(made.frame(index).pixels_HW, round(index * 1e9 / LIVE_HZ))
+
+    @property
+    def _bad_pixels(self) -> Path:
+        return self.folder / f"{self.name}.png"
+
+    def config(self, **source: Any) -> PipelineConfig:
         """Replay of the recording, with the map of bad pixels that every real sensor has."""
         file = self.folder / "config.yaml"
-        file.write_text(f"sensor: {{bad_pixels: {self.folder / 'bad_pixels.png'}}}\n")
+        file.write_text(f"sensor: {{bad_pixels: {self._bad_pixels}}}\n")
         settings = {"kind": "zarr_recording", "path": str(self.recording), **source}
         return load_config(file, source=settings, engine=self.engine)
 
-
-def _make_recording(bench: Bench, frames: int) -> None:
-    scene = Scene(SceneSettings(seed=1))
-    shape = (scene.settings.height, scene.settings.width)
-    bad_pixels = scene.bad_pixels_HW.astype(np.uint8) * 255
-    cv2.imwrite(str(bench.folder / "bad_pixels.png"), bad_pixels)
-    with RecordingWriter(bench.recording, shape, scene.settings.sensor) as writer:
-        for index in track(range(frames), "making the recording", console=Console(stderr=True)):
-            writer.append(scene.frame(index).pixels_HW, round(index * 1e9 / LIVE_HZ))
+    def live(self, phases: list[tuple[float, float]]) -> PipelineConfig:
+        """The recording from memory, for so many seconds at so many frames/s, one after another."""
+        return self.config(kind="loop", phases=phases)
 
 
 def _collect(messages: Any) -> Summary:

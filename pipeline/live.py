@@ -46,9 +46,9 @@ def run(config: ConfigOption = None, engine: EngineOption = None) -> None:
     supervisor = Supervisor(settings, "live", sensor, shape)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda _number, _frame: supervisor.stop())
-    with the_only_one(settings.supervisor.name or sensor.id), supervisor, Status(console) as status:
-        where = settings.publish.endpoint or "no endpoint (publish.endpoint is null)"
-        console.print(f"publishing {sensor.id} on {where}; Ctrl-C ends it", highlight=False)
+    where = settings.publish.endpoint or "no endpoint (publish.endpoint is null)"
+    status = Status(console, f"publishing {sensor.id} on {where}; Ctrl-C ends it")
+    with the_only_one(settings.supervisor.name or sensor.id), supervisor, status:
         for message, _ in supervisor.messages():
             status.add(message)
             end = message
@@ -76,13 +76,13 @@ def the_only_one(name: str) -> Iterator[None]:
 
 
 class Status:
-    """A line a second: what went out, how old it was, what was lost.
+    """The first line, then one a second: what went out, how old it was, what was lost.
 
     A thread of its own prints it, so that a terminal that is held up holds up no frame.
     """
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, first_line: str) -> None:
+        self._console, self._first_line = console, first_line
         self._frames, self._targets, self._lost, self._oldest_ns = 0, 0, 0, 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._print, name="status", daemon=True)
@@ -97,6 +97,7 @@ class Status:
             self._lost += 1
 
     def _print(self) -> None:
+        self._console.print(self._first_line, highlight=False)
         frames = targets = lost = 0
         while not self._ended.wait(1.0):
             now = self._frames, self._targets, self._lost

@@ -4,8 +4,10 @@ import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Group
 from rich.live import Live
@@ -44,6 +46,15 @@ def read_figures(address: str) -> Look:
         raise PipelineError(
             f"{url}: no figures there ({error}); is telemetry.metrics of the run this address?"
         ) from error
+    return _look(families)
+
+
+def look_at(registry: CollectorRegistry) -> Look:
+    """The figures of a run in this process."""
+    return _look(registry.collect())
+
+
+def _look(families: Iterable[Metric]) -> Look:
     values: dict[str, dict[tuple[str, ...], float]] = defaultdict(dict)
     for family in families:
         for sample in family.samples:

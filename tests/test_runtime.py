@@ -1,8 +1,10 @@
 """Live runs: stopping, overload, dead processes. Every process here is real."""
 
+import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -12,11 +14,13 @@ import numpy as np
 import pytest
 from conftest import BIN
 
+from pipeline.client import Subscriber
 from pipeline.component import Stage
 from pipeline.messages import Dropped, Frame, FrameInfo, Trace
 from pipeline.physics.sensor import Sensor
 from pipeline.runtime.flow import Flow
 from pipeline.runtime.topology import TOPOLOGY
+from pipeline.watch import read_figures
 
 
 def children(pid: int) -> list[int]:
@@ -210,3 +214,135 @@ def test_a_frame_a_stage_trips_over_is_dropped_by_name_and_the_next_goes_on():
     assert [type(result) for result in results] == [Frame, Dropped, Frame]
     assert results[1] == Dropped(1, "good", "this frame is cursed")
     assert flow.process(results[1], Trace(0, {}))[0] is results[1]
+
+
+def heard(process: subprocess.Popen[str]) -> dict[str, int]:
+    """The `dropped at` lines of a run that was told to end, by stage and reason."""
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 0, stderr
+    frames_in, published, dropped = totals(stdout)
+    assert frames_in == published + dropped
+    found = re.findall(r"dropped at (\w+): (\d+) × (.*)", stdout)
+    return {f"{stage}: {reason}": int(number) for stage, number, reason in found}
+
+
+def follow(run_dir: Path, seconds: float) -> list[dict]:
+    """Messages a subscriber gets in that time."""
+    subscriber = Subscriber(f"ipc://{run_dir}/out")
+    until = time.monotonic() + seconds
+    messages = []
+    while time.monotonic() < until:
+        if (message := subscriber.receive(0.1)) is not None:
+            messages.append(message)
+    subscriber.close()
+    return messages
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_a_killed_node_is_started_again_and_every_frame_accounted_for(run_dir, row):
+    process = start(run_dir, SCENE.format(rate=40, folder=run_dir))
+    first_status(process)
+    os.kill(workers(process.pid)[row], signal.SIGKILL)
+    messages = follow(run_dir, 6.0)
+    numbers = [message["frame_seq"] for message in messages if "frame_seq" in message]
+    assert numbers == list(range(numbers[0], numbers[-1] + 1)), "in order, each once"
+    late = [m["schema"] for m in messages if m["schema"] in ("irst.targets/1", "irst.gap/1")][-20:]
+    assert set(late) == {"irst.targets/1"}, "it is well again"
+    process.send_signal(signal.SIGTERM)
+    heard(process)
+
+
+def test_what_waits_too_long_is_dropped_by_name_and_nothing_older_is_published(run_dir):
+    config = SCENE.format(rate=40, folder=run_dir).replace("{name", "{max_age_ms: 300, name")
+    process = start(run_dir, config)
+    first_status(process)
+    unmix = workers(process.pid)[1]
+    os.kill(unmix, signal.SIGSTOP)
+    time.sleep(1.5)
+    os.kill(unmix, signal.SIGCONT)
+    messages = follow(run_dir, 1.5)
+    assert max(m["age_ns"] for m in messages if m["schema"] == "irst.targets/1") < 400e6
+    process.send_signal(signal.SIGTERM)
+    assert heard(process).get("unmix: older than 300 ms", 0) > 0
+
+
+def test_a_second_pipeline_of_the_same_name_is_refused_and_another_is_not(run_dir):
+    first = start(run_dir, SCENE.format(rate=20, folder=run_dir))
+    assert first.stdout
+    assert "publishing" in first.stdout.readline()
+    same = start(run_dir, SCENE.format(rate=20, folder=run_dir))
+    _, stderr = same.communicate(timeout=60)
+    assert same.returncode == 2
+    assert re.fullmatch(r"pipeline: a pipeline named .* runs .*\n", stderr), stderr
+    other = run_dir / "other"
+    other.mkdir()
+    second = start(other, SCENE.format(rate=20, folder=other))
+    for process in (first, second):
+        first_status(process)
+        process.send_signal(signal.SIGTERM)
+    for process in (first, second):
+        assert heard(process) == {}
+
+
+def test_a_terminal_that_takes_nothing_holds_up_no_frame(run_dir):
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    (run_dir / "config.yaml").write_text(SCENE.format(rate=40, folder=run_dir))
+    words = [str(BIN / "pipeline"), "run", "--config", str(run_dir / "config.yaml")]
+    process = subprocess.Popen(words, stdout=writer, env={**os.environ, "TMPDIR": str(run_dir)})
+    os.close(writer)
+    subscriber = Subscriber(f"ipc://{run_dir}/out")
+    published = []
+    while len(published) < 100:
+        message = subscriber.receive(60.0)
+        assert message is not None
+        if message["schema"] == "irst.targets/1":
+            published.append(message)
+    subscriber.close()
+    process.send_signal(signal.SIGTERM)
+    with os.fdopen(reader, "rb") as pipe:
+        assert b"adds up" in pipe.read()
+    assert process.wait(10) == 0
+
+
+def test_a_live_run_tells_its_figures(run_dir, command):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    config = SCENE.format(rate=20, folder=run_dir) + f"telemetry: {{metrics: '{address}'}}\n"
+    process = start(run_dir, config)
+    first_status(process)
+    result = command("pipeline", "watch", address, "--count", "2")
+    assert result.returncode == 0, result.stderr
+    for word in ("published", "unmix.0", "supervisor", "detect", "0 restarts"):
+        assert word in result.stdout
+    look = read_figures(address)
+    assert look.get("irst_frames_total", "published", "") > 20
+    assert look.get("irst_node_ready", "front.0") == 1
+    assert look.get("irst_node_memory_bytes", "back.0") > 1e7
+    process.send_signal(signal.SIGTERM)
+    heard(process)
+
+
+def test_check_names_what_the_run_would_stumble_over(run_dir):
+    config = SCENE.format(rate=20, folder=run_dir)
+    for more, fragment in (
+        ("topology: {unmix: {cores: [4000]}}", "no core 4000"),
+        (f"dead_letters: {{folder: {run_dir}/config.yaml/x}}", "dead_letters.folder"),
+    ):
+        process = start(run_dir, f"{config}{more}\n", "check")
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert fragment in stderr
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        process = start(run_dir, f"{config}telemetry: {{metrics: '{address}'}}\n", "check")
+        stdout, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert f"note: telemetry.metrics {address}: cannot listen there" in stdout

@@ -137,7 +137,7 @@ def _write(path: Path, text: str) -> None:
 def _read(path: Path) -> tuple[bytes, bytes | None]:
     try:
         public, secret = zmq.auth.load_certificate(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, IndexError) as error:
         raise PipelineError(
             f"{path}: not a readable key file ({error}); make one with `pipeline keys`"
         ) from error
