@@ -5,7 +5,7 @@ pixels, in a temporary folder. (1) Each stage by direct call over all frames, on
 another. (2) Replay in processes over ZeroMQ, as fast as it goes: its rival is the plain loop over
 the same stages, and the ratio of the two is printed. (3) The same recording live at 100 Hz: age at
 publish, each hop from send to receipt with the waiting in it, frames shed. (4) One full frame
-through four credit hops over ipc, one frame at a time.
+from the supervisor to a node and back, twice, over ipc, one frame at a time.
 """
 
 import os
@@ -34,11 +34,11 @@ from pipeline.runtime.memory import keep_freed_memory
 from pipeline.runtime.supervisor import Supervisor
 from pipeline.summary import Summary
 from pipeline.transport import codec
-from pipeline.transport.sockets import CreditReceiver, CreditSender
+from pipeline.transport.hub import HubSocket, NodeSocket, Word
 
 Milliseconds = NDArray[np.float64]
 LIVE_HZ = 100.0
-HOPS = 4
+HOPS = (b"first", b"second")  # nodes: two hops each
 DETECTION_BUDGET_HZ = 400.0
 FOUR_HOPS_BUDGET_MS = 1.5
 AGE_BUDGET_MS = 10.0
@@ -49,7 +49,7 @@ def run_bench(frames: int, engine: str | None) -> None:
     console = Console()
     with tempfile.TemporaryDirectory(prefix="irst-") as folder:
         bench = Bench(Path(folder), engine)
-        _make_recording(bench, frames)
+        bench.make(frames)
         config = bench.config()
         source = open_source(config)
         keep_freed_memory()
@@ -70,28 +70,37 @@ class Bench:
 
     folder: Path
     engine: str | None
+    name: str = "bench"
 
     @property
     def recording(self) -> Path:
         """The scene."""
-        return self.folder / "bench.zarr"
+        return self.folder / f"{self.name}.zarr"
 
-    def config(self, **source: float) -> PipelineConfig:
+    def make(self, frames: int, **scene: Any) -> None:
+        """Write the scene, other than usual as given, and its map of bad pixels."""
+        made = Scene(SceneSettings(seed=1, **scene))
+        shape = (made.settings.height, made.settings.width)
+        cv2.imwrite(str(self._bad_pixels), made.bad_pixels_HW.astype(np.uint8) * 255)
+        with RecordingWriter(self.recording, shape, made.settings.sensor) as writer:
+            say = f"making the recording {self.name}"
+            for index in track(range(frames), say, console=Console(stderr=True)):
+                writer.append(made.frame(index).pixels_HW, round(index * 1e9 / LIVE_HZ))
+
+    @property
+    def _bad_pixels(self) -> Path:
+        return self.folder / f"{self.name}.png"
+
+    def config(self, **source: Any) -> PipelineConfig:
         """Replay of the recording, with the map of bad pixels that every real sensor has."""
         file = self.folder / "config.yaml"
-        file.write_text(f"sensor: {{bad_pixels: {self.folder / 'bad_pixels.png'}}}\n")
+        file.write_text(f"sensor: {{bad_pixels: {self._bad_pixels}}}\n")
         settings = {"kind": "zarr_recording", "path": str(self.recording), **source}
         return load_config(file, source=settings, engine=self.engine)
 
-
-def _make_recording(bench: Bench, frames: int) -> None:
-    scene = Scene(SceneSettings(seed=1))
-    shape = (scene.settings.height, scene.settings.width)
-    bad_pixels = scene.bad_pixels_HW.astype(np.uint8) * 255
-    cv2.imwrite(str(bench.folder / "bad_pixels.png"), bad_pixels)
-    with RecordingWriter(bench.recording, shape, scene.settings.sensor) as writer:
-        for index in track(range(frames), "making the recording", console=Console(stderr=True)):
-            writer.append(scene.frame(index).pixels_HW, round(index * 1e9 / LIVE_HZ))
+    def live(self, phases: list[tuple[float, float]]) -> PipelineConfig:
+        """The recording from memory, for so many seconds at so many frames/s, one after another."""
+        return self.config(kind="loop", phases=phases)
 
 
 def _collect(messages: Any) -> Summary:
@@ -187,49 +196,47 @@ def _print_hops(console: Console, frames: int) -> None:
 
 
 def four_hops_ms(frames: int) -> list[float]:
-    """Milliseconds each of `frames` full frames takes through four credit hops in a chain."""
+    """Milliseconds each of `frames` full frames takes from front through two nodes and back."""
     info = FrameInfo(0, "bench", 0, "utc", (512, 640))
     frame = Frame(info, np.zeros((512, 640), dtype=np.uint16))
     times_ms = []
     with tempfile.TemporaryDirectory(prefix="irst-") as folder:
-        endpoints = [f"ipc://{folder}/{hop}" for hop in range(HOPS)]
-        first = CreditSender(endpoints[0], receivers=1, queue=1)
-        relays = [
-            threading.Thread(target=_relay, args=(endpoints[hop], endpoints[hop + 1]), daemon=True)
-            for hop in range(HOPS - 1)
+        endpoint = f"ipc://{folder}/hub"
+        hub = HubSocket(endpoint)
+        stages = [
+            threading.Thread(target=_relay, args=(endpoint, name), daemon=True) for name in HOPS
         ]
-        for relay in relays:
-            relay.start()
-        last = CreditReceiver(endpoints[-1:], queue=1)
-        last.open()
-        first.wait_ready(_never)
+        for stage in stages:
+            stage.start()
+            _heard(hub)
         for _ in range(frames):
             began = time.monotonic_ns()
-            first.send(codec.encode(frame, Trace(began, {}), began), _never)
-            codec.decode(last.receive(_never) or [])
+            parts = codec.encode(frame, Trace(began, {}), began)
+            for name in HOPS:
+                hub.send(name, Word("work"), parts)
+                parts = _heard(hub)
+            codec.decode(parts)
             times_ms.append((time.monotonic_ns() - began) / 1e6)
-        first.end(frames)
-        last.receive(_never)
-        for relay in relays:
-            relay.join()
-        first.close()
-        last.close()
+        for name, stage in zip(HOPS, stages, strict=True):
+            hub.send(name, Word("stop"))
+            stage.join()
+        hub.close()
     return times_ms
 
 
-def _relay(upstream: str, downstream: str) -> None:
-    """A node without stages: decodes, encodes and sends on."""
-    sender = CreditSender(downstream, receivers=1, queue=1)
-    receiver = CreditReceiver([upstream], queue=1)
-    sender.wait_ready(_never)
-    receiver.open()
-    while (parts := receiver.receive(_never)) is not None:
-        message, trace, sent_ns = codec.decode(parts)
-        sender.send(codec.encode(message, trace, sent_ns), _never)
-    sender.end(receiver.frames_in)
-    receiver.close()
-    sender.close()
+def _heard(hub: HubSocket) -> list[Any]:
+    """The parts of the next message, whatever it takes."""
+    while (heard := hub.receive(1000)) is None:
+        pass
+    return heard[1][1:]
 
 
-def _never() -> None:
-    """Nothing ends these waits but the message they wait for."""
+def _relay(endpoint: str, name: bytes) -> None:
+    """A node without stages: decodes, encodes and answers."""
+    socket = NodeSocket(endpoint, name)
+    socket.send(Word("ready"))
+    while (received := socket.receive(1000)) is None or received[0].kind != "stop":
+        if received is not None:
+            message, trace, sent_ns = codec.decode(received[1])
+            socket.send(Word("result"), codec.encode(message, trace, sent_ns))
+    socket.close()

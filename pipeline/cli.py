@@ -4,7 +4,6 @@ import contextlib
 import json
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,9 @@ from pipeline.command import run_app
 from pipeline.config import load_config, open_source
 from pipeline.errors import PipelineError, RunError
 from pipeline.evaluation.command import evaluate_detection
-from pipeline.summary import Summary, adds_up, print_accounting, print_summary, score
+from pipeline.ingest import calibrate, convert
+from pipeline.live import DEFAULT_ENDPOINT, ConfigOption, EngineOption, add_commands
+from pipeline.summary import Summary, print_summary, score
 
 app = typer.Typer(
     help="Resolve closely-spaced infrared targets in real time.",
@@ -26,14 +27,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML configuration.")]
-EngineOption = Annotated[
-    str | None, typer.Option("--engine", help="Name of a shipped engine, or path of a manifest.")
-]
-app.command()(evaluate_detection)
 MIN_RATE_HZ, MAX_RATE_HZ = 1e-3, 1e6
 TERMINATED = 128 + signal.SIGTERM
-DEFAULT_ENDPOINT = "tcp://127.0.0.1:5556"
+
+
+add_commands(app)
+app.command()(evaluate_detection)
+app.command()(convert)
+app.command()(calibrate)
 
 
 def main() -> None:
@@ -93,61 +94,6 @@ def replay(
 
 
 @app.command()
-def run(config: ConfigOption = None, engine: EngineOption = None) -> None:
-    """Run beside a sensor until Ctrl-C: publish targets, shed the oldest frames under overload."""
-    from pipeline.runtime.supervisor import Supervisor
-
-    settings = load_config(config, engine=engine, default_endpoint=DEFAULT_ENDPOINT)
-    source = open_source(settings)
-    sensor, shape = source.sensor, source.shape
-    source.close()
-    console = Console()
-    status = LiveStatus(console)
-    end = None
-    supervisor = Supervisor(settings, "live", sensor, shape)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda _number, _frame: supervisor.stop())
-    with supervisor:
-        console.print(f"publishing {sensor.id} on {settings.publish.endpoint}; Ctrl-C ends it")
-        for message, _ in supervisor.messages():
-            status.add(message)
-            end = message
-    balanced = end is not None and end["schema"] == "irst.eos/1" and adds_up(end)
-    print_accounting(console, end if balanced else None, balanced=balanced)
-    if not balanced:
-        raise RunError("run: the stream did not end with totals that add up")
-
-
-class LiveStatus:
-    """A line about every second: what went out, how old it was, what was lost."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._reset()
-
-    def _reset(self) -> None:
-        self._since = time.monotonic()
-        self._frames, self._targets, self._lost, self._oldest_ns = 0, 0, 0, 0
-
-    def add(self, message: dict[str, Any]) -> None:
-        """Count a message and print when a second is over."""
-        if message["schema"] == "irst.targets/1":
-            self._frames += 1
-            self._targets += len(message["targets"]["id"])
-            self._oldest_ns = max(self._oldest_ns, message["age_ns"])
-        elif message["schema"] == "irst.gap/1":
-            self._lost += 1
-        seconds = time.monotonic() - self._since
-        if seconds >= 1.0:
-            self._console.print(
-                f"{self._frames / seconds:.1f} frames/s, {self._targets / seconds:.0f} targets/s, "
-                f"oldest {self._oldest_ns / 1e6:.1f} ms, {self._lost} lost",
-                highlight=False,
-            )
-            self._reset()
-
-
-@app.command()
 def subscribe(
     endpoint: Annotated[str, typer.Argument(help=f"E.g. {DEFAULT_ENDPOINT}.")],
     as_json: Annotated[
@@ -156,6 +102,9 @@ def subscribe(
     count: Annotated[
         int | None, typer.Option(min=1, help="End after so many target messages.")
     ] = None,
+    keys: Annotated[
+        Path | None, typer.Option(help="This client's folder, made by `pipeline keys`.")
+    ] = None,
 ) -> None:
     """Print the targets a pipeline publishes, until its stream ends."""
     from pipeline.client import subscribe as subscription
@@ -163,14 +112,16 @@ def subscribe(
 
     schemas = tuple(WIRE_MODELS) if as_json else ("irst.targets/1",)
     seen = 0
-    for message in subscription(endpoint, schemas=schemas):
-        if as_json:
-            print(json.dumps(message), flush=True)
-        else:
-            _print_targets(message)
-        seen += message["schema"] == "irst.targets/1"
-        if count is not None and seen >= count:
-            return
+    stream = subscription(endpoint, schemas=schemas, keys=keys)
+    with contextlib.closing(stream):
+        for message in stream:
+            if as_json:
+                print(json.dumps(message), flush=True)
+            else:
+                _print_targets(message)
+            seen += message["schema"] == "irst.targets/1"
+            if count is not None and seen >= count:
+                break
 
 
 def _print_targets(message: dict[str, Any]) -> None:
@@ -197,34 +148,21 @@ def _print_targets(message: dict[str, Any]) -> None:
 
 
 @app.command()
-def check(config: ConfigOption = None, engine: EngineOption = None) -> None:
-    """Check a configuration without running it, and print the flow it gives."""
-    from pipeline.runtime.flow import build_flow
-    from pipeline.runtime.topology import flow_types
-
-    settings = load_config(config, engine=engine, default_endpoint=DEFAULT_ENDPOINT)
-    source = open_source(settings)
-    build_flow(settings, settings.stage_names, source.sensor, source.shape).close()
-    source.close()
-    table = Table(title=f"{settings.source_kind} → {source.sensor}", title_justify="left")
-    for heading in ("node", "stages", "takes", "gives", "replicas", "queue", "budget ms"):
-        table.add_column(heading)
-    for node, types in zip(settings.topology, flow_types(settings.topology), strict=True):
-        numbers = (str(node.replicas), str(node.queue), f"{node.budget_ms:g}")
-        table.add_row(node.name, " ".join(node.stages), *types, *numbers)
-    Console().print(table)
-    print(f"publishes on {settings.publish.endpoint}; config {settings.digest}; all well")
-
-
-@app.command()
 def bench(
     frames: Annotated[int, typer.Option(min=20, help="Frames of each measurement.")] = 300,
     engine: EngineOption = None,
+    live: Annotated[bool, typer.Option("--live", help="Live runs at full load instead.")] = False,
+    seconds: Annotated[float, typer.Option(min=1.0, help="Of each live run.")] = 60.0,
+    soak: Annotated[float, typer.Option(min=0.0, help="Seconds of a soak, e.g. 600.")] = 0.0,
 ) -> None:
-    """Measure each stage and hop on this machine, beside the budgets."""
+    """Measure each stage and hop on this machine, or whole live runs, beside the budgets."""
     from pipeline.bench import run_bench
+    from pipeline.bench_live import run_live_bench
 
-    run_bench(frames, engine)
+    if live:
+        run_live_bench(frames, engine, seconds, soak)
+    else:
+        run_bench(frames, engine)
 
 
 @app.command()

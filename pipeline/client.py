@@ -6,35 +6,77 @@ print(message["frame_seq"], message["targets"]["x_px"])
 """
 
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 from pipeline.messages import check_wire
 from pipeline.transport.codec import CodecError, unpack_wire
-from pipeline.transport.sockets import SubscriberSocket
+from pipeline.transport.publish import SubscriberSocket
+from pipeline.transport.security import ClientKeys
 
 WAIT_S = 0.1
+MAX_NAMED = 4096
 
 
 class Subscriber:
-    """An open subscription; `rejected` counts messages that did not fit their schema."""
+    """An open subscription.
 
-    def __init__(self, endpoint: str) -> None:
-        self._socket = SubscriberSocket(endpoint)
+    What this subscriber was too slow to take comes as `irst.gap/1`, too, with stage `subscriber`.
+    `rejected` counts messages that did not fit their schema. keys: folder of `pipeline keys`.
+    """
+
+    def __init__(self, endpoint: str, keys: Path | None = None) -> None:
+        own = ClientKeys.load(keys) if keys is not None else None
+        self._socket = SubscriberSocket(endpoint, keys=own)
+        self._waiting: deque[dict[str, Any]] = deque()
+        self._next_seq: int | None = None
+        self._had: int | None = None  # targets and gaps since the start, None: it was not seen
         self.rejected = 0
 
     def receive(self, timeout_s: float) -> dict[str, Any] | None:
         """The next valid message of any schema, None if none came within `timeout_s`."""
         deadline = time.monotonic() + timeout_s
-        while (part := self._socket.receive(max(0.0, deadline - time.monotonic()))) is not None:
+        while not self._waiting:
+            part = self._socket.receive(max(0.0, deadline - time.monotonic()))
+            if part is None:
+                return None
             try:
                 message = unpack_wire(part)
                 check_wire(message)
             except (CodecError, ValueError):
                 self.rejected += 1
                 continue
-            return message
-        return None
+            self._follow(message)
+        return self._waiting.popleft()
+
+    def _follow(self, message: dict[str, Any]) -> None:
+        """Name what is missing before this message, and acknowledge the end of the stream."""
+        schema = message["schema"]
+        if schema == "irst.start/1":
+            self._next_seq, self._had = 0, 0
+        elif self._had is None and self._next_seq is None:
+            self._socket.acknowledge(None)
+        if schema in ("irst.targets/1", "irst.gap/1"):
+            seq = message["frame_seq"]
+            first = seq if self._next_seq is None else self._next_seq
+            for missing in range(max(first, seq - MAX_NAMED), seq):
+                self._waiting.append(
+                    {
+                        "schema": "irst.gap/1",
+                        "sensor_id": message["sensor_id"],
+                        "frame_seq": missing,
+                        "stage": "subscriber",
+                        "reason": "this subscriber fell behind",
+                    }
+                )
+            self._next_seq = seq + 1
+            if self._had is not None:
+                self._had += 1
+        self._waiting.append(message)
+        if schema == "irst.eos/1" and self._had is not None:
+            self._socket.acknowledge(self._had)
 
     def close(self) -> None:
         """End the subscription."""
@@ -42,14 +84,19 @@ class Subscriber:
 
 
 def subscribe(
-    endpoint: str, *, schemas: tuple[str, ...] = ("irst.targets/1",), timeout_s: float | None = None
-) -> Iterator[dict[str, Any]]:
+    endpoint: str,
+    *,
+    schemas: tuple[str, ...] = ("irst.targets/1",),
+    timeout_s: float | None = None,
+    keys: Path | None = None,
+) -> Generator[dict[str, Any], None, None]:
     """Messages of the given schemas as plain maps, until the stream ends.
 
     endpoint: e.g. tcp://127.0.0.1:5556. timeout_s: give up after that long without any message
-    (a heartbeat comes every second), None = wait for ever.
+    (a heartbeat comes every second), None = wait for ever. keys: this client's folder, made by
+    `pipeline keys`, for a pipeline that lets in only whom it knows.
     """
-    subscriber = Subscriber(endpoint)
+    subscriber = Subscriber(endpoint, keys)
     silent_since = time.monotonic()
     try:
         while timeout_s is None or time.monotonic() - silent_since < timeout_s:

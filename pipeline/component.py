@@ -5,20 +5,22 @@ configuration it is called `detect`. To add one, add a file.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import PipelineError
+from pipeline.formats.calibration import Calibration
 from pipeline.formats.recording import Truth as Truth  # part of what a source offers
-from pipeline.messages import Frame
+from pipeline.messages import BadMessage, Dropped, Frame, SentFrame
+from pipeline.physics.geometry import Geometry
 from pipeline.physics.sensor import Sensor
 
 In = TypeVar("In")
@@ -38,6 +40,8 @@ class Context:
     sensor: Sensor
     bad_pixels_HW: NDArray[np.bool_] | None = None
     engine: str = "default"
+    calibration: Calibration | None = None
+    geometry: Geometry | None = None
 
 
 class Stage(ABC, Generic[In, Out]):
@@ -76,11 +80,31 @@ class Source(ABC):
         """Open the source; `sensor` holds the configured fields, which override its own."""
 
     @abstractmethod
-    def frames(self) -> Iterator[Frame]:
-        """The frames in order, seq counting from 0."""
+    def frames(self) -> Iterator[Frame | Dropped]:
+        """The frames in order, seq counting from 0; a `Dropped` for each known to be lost."""
 
     def close(self) -> None:  # noqa: B027, most sources hold nothing
         """Release what the source holds; `frames` ends soon after."""
+
+
+class Inbox(Protocol):
+    """Where frames of other programs arrive; used by the thread that opened it."""
+
+    def receive(self, timeout_s: float) -> SentFrame | BadMessage | None:
+        """What came next, None if nothing came in time."""
+
+    def close(self) -> None:
+        """Listen no more."""
+
+
+Listen = Callable[[str], Inbox]
+"""Opens the inbox at an endpoint; raises PipelineError if nobody can listen there."""
+
+
+class FedSource(Source):
+    """A source that others send frames to: it knows no sockets, and is told how to listen."""
+
+    listen: Listen
 
 
 def configured_sensor(own: Sensor, overrides: dict[str, Any], where: str) -> Sensor:

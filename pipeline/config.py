@@ -6,89 +6,41 @@ engine:   default
 detect:   {false_alarms_per_frame: 0.1} # a section for each stage of the flow
 topology: {unmix: {replicas: 2}}
 publish:  {endpoint: tcp://127.0.0.1:5556}
+supervisor, telemetry, dead_letters: see docs/operations.md
 """
 
 import hashlib
 import json
-import re
 import reprlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import cv2
-import numpy as np
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ValidationError
 
-from pipeline.component import Settings, Source, component
+from pipeline.component import FedSource, Settings, Source, component
 from pipeline.errors import PipelineError
 from pipeline.formats.yaml_map import read_yaml_map
+from pipeline.runtime.settings import (
+    DeadLetterSettings,
+    NodeSettings,
+    PublishSettings,
+    SupervisorSettings,
+    TelemetrySettings,
+)
 from pipeline.runtime.topology import TOPOLOGY, Node, flow_types
+from pipeline.sensing import SensorSettings
+from pipeline.transport.feed import FeedSocket
 
 S = TypeVar("S", bound=BaseModel)
 
-LOCAL_ENDPOINT = (
-    r"ipc://[^@\0][^\0]*|tcp://(127(\.[0-9]{1,3}){3}|localhost):(?P<port>[0-9]{1,5}|\*)"
-)
-LAST_PORT = 65535
 MAX_SHOWN = 80
-
-
-class SensorSettings(Settings):
-    """Fields of the sensor that the source does not know, or has wrong."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
-
-    id: str | None = Field(None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")
-    sigma_px: float | None = Field(None, ge=0.1, le=5.0)
-    full_scale: int | None = Field(None, ge=1, le=65535)
-    read_noise: float | None = Field(None, ge=0.0, le=1e6)
-    gain: float | None = Field(None, gt=0.0, le=1e9)
-    ifov_rad: float | None = Field(None, gt=0.0)
-    sigma_error: float | None = Field(None, ge=0.0, le=0.5)
-    bad_pixels: Path | None = Field(None, description="PNG of the frame's size, not 0 = bad")
-
-    def overrides(self) -> dict[str, Any]:
-        """The fields of `Sensor` that were given."""
-        given = self.model_dump(exclude_none=True)
-        given.pop("bad_pixels", None)
-        return given
-
-
-class NodeSettings(Settings):
-    """Changes to one row of the topology."""
-
-    stages: tuple[str, ...] | None = None
-    replicas: int | None = Field(None, ge=1, le=64)
-    queue: int | None = Field(None, ge=1, le=1024)
-
-
-class PublishSettings(Settings):
-    """Where target messages go out."""
-
-    endpoint: str | None = None
-    queue: int = Field(
-        1000, ge=1, le=1_000_000, description="messages a slow subscriber may fall behind"
-    )
-    heartbeat_s: float = Field(1.0, ge=0.1, le=3600.0)
-    wait_for: int = Field(0, ge=0, description="subscribers to wait for before the first frame")
-
-    @field_validator("endpoint")
-    @classmethod
-    def _local(cls, endpoint: str | None) -> str | None:
-        """Without authentication the stream stays on this machine, an ipc one with its owner."""
-        if endpoint is None:
-            return None
-        local = re.fullmatch(LOCAL_ENDPOINT, endpoint)
-        if not local:
-            raise ValueError(
-                "must be ipc://PATH or tcp://127.0.0.1:PORT: without keys nobody else is let in"
-            )
-        port = local["port"] or "*"
-        if port != "*" and not 1 <= int(port) <= LAST_PORT:
-            raise ValueError(f"the port must be 1…{LAST_PORT}, or * for any that is free")
-        return endpoint
+RUNTIME_SECTIONS: dict[str, type[Any]] = {
+    "publish": PublishSettings,
+    "supervisor": SupervisorSettings,
+    "telemetry": TelemetrySettings,
+    "dead_letters": DeadLetterSettings,
+}
 
 
 @dataclass(frozen=True)
@@ -102,6 +54,9 @@ class PipelineConfig:
     topology: tuple[Node, ...]
     stages: dict[str, Settings]
     publish: PublishSettings
+    supervisor: SupervisorSettings
+    telemetry: TelemetrySettings
+    dead_letters: DeadLetterSettings
 
     @property
     def stage_names(self) -> list[str]:
@@ -148,7 +103,7 @@ def load_config(
     if not isinstance(kind, str):
         raise PipelineError(f"{where}: source.kind must be a name, got {_short(kind)}")
     chosen = {key: value for key, value in chosen.items() if key != "kind"}
-    known = ["source", "sensor", "engine", "topology", "publish", *stage_names]
+    known = ["source", "sensor", "engine", "topology", *RUNTIME_SECTIONS, *stage_names]
     for key in data:
         if key not in known:
             raise PipelineError(f"{where}: unknown field `{key}`; known here: {', '.join(known)}")
@@ -157,18 +112,27 @@ def load_config(
         raise PipelineError(f"{where}: engine must be a name or a path, got {_short(engine)}")
     published = data.get("publish")
     if published is None or isinstance(published, dict):
-        published = {"endpoint": default_endpoint, **(published or {}), **(publish or {})}
+        data["publish"] = {"endpoint": default_endpoint, **(published or {}), **(publish or {})}
+    sensor = _section(SensorSettings, data.get("sensor"), "sensor", where)
+    if sensor.calibration is not None and "calibrate" not in stage_names:
+        raise PipelineError(
+            f"{where}: sensor.calibration is for the stage `calibrate`, which no node runs; "
+            "put it before detect at topology.front.stages"
+        )
     return PipelineConfig(
         source_kind=kind,
         source=_section(component("source", kind).Config, chosen, "source", where),
-        sensor=_section(SensorSettings, data.get("sensor"), "sensor", where),
+        sensor=sensor,
         engine=engine,
         topology=topology,
         stages={
             name: _section(component("stage", name).Config, data.get(name), name, where)
             for name in stage_names
         },
-        publish=_section(PublishSettings, published, "publish", where),
+        **{
+            name: _section(model, data.get(name), name, where)
+            for name, model in RUNTIME_SECTIONS.items()
+        },
     )
 
 
@@ -231,20 +195,6 @@ def open_source(config: PipelineConfig) -> Source:
     """The configured source; raises PipelineError if it cannot be opened."""
     kind = component("source", config.source_kind)
     source: Source = kind.build(config.source, config.sensor.overrides())
+    if isinstance(source, FedSource):
+        source.listen = FeedSocket
     return source
-
-
-def load_bad_pixels(path: Path | None, shape: tuple[int, int]) -> NDArray[np.bool_] | None:
-    """Read a bad-pixel map (H, W), True = bad; raises PipelineError if it is not of that shape."""
-    if path is None:
-        return None
-    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) if path.exists() else None
-    if image is None or image.ndim != 2:
-        raise PipelineError(f"{path}: sensor.bad_pixels must be a readable grey PNG")
-    if image.shape != shape:
-        raise PipelineError(
-            f"{path}: bad-pixel map is {image.shape[1]}×{image.shape[0]}, "
-            f"frames are {shape[1]}×{shape[0]}"
-        )
-    result: NDArray[np.bool_] = image != 0
-    return result

@@ -46,11 +46,20 @@ class Tiling:
 
 
 @dataclass(frozen=True)
+class Pose:
+    """Where a camera looks: azimuth clockwise from north, elevation up, roll clockwise; radians."""
+
+    az_rad: float
+    el_rad: float
+    roll_rad: float
+
+
+@dataclass(frozen=True)
 class FrameInfo:
     """What every message keeps of the frame it came from.
 
     t_exposure_ns: middle of the exposure, on the clock named `clock`. flags: remarks of the
-    source, such as "compressed".
+    source, such as "compressed". pose: of this frame, where the source knows it.
     """
 
     seq: int
@@ -60,6 +69,27 @@ class FrameInfo:
     shape: tuple[int, int]
     flags: tuple[str, ...] = ()
     tiling: Tiling | None = None
+    pose: Pose | None = None
+
+
+@dataclass(frozen=True)
+class SentFrame:
+    """A frame as another program sent it (`irst.frame/1`): its number is the sender's."""
+
+    seq: int
+    t_exposure_ns: int
+    clock: str
+    pixels_HW: NDArray[Any]
+    flags: tuple[str, ...]
+    pose: Pose | None
+
+
+@dataclass(frozen=True)
+class BadMessage:
+    """What another program sent is no frame, and why; seq is the sender's if it could be read."""
+
+    seq: int | None
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -122,6 +152,15 @@ class Unmixed:
 
 
 @dataclass(frozen=True)
+class Angles:
+    """Where targets are seen, for a sensor whose geometry is known."""
+
+    az_rad: NDArray[np.float64]  # (M,) clockwise from north, −π…π
+    el_rad: NDArray[np.float64]  # (M,) up
+    cov_rad2: NDArray[np.float64]  # (M, 3) az az, az el, el el
+
+
+@dataclass(frozen=True)
 class TargetReport:
     """The targets of a frame as published, without what only the running system knows."""
 
@@ -141,6 +180,7 @@ class TargetReport:
     count_posterior: NDArray[np.float64]  # (N, 6) over 0, 1, …, 4, 5 or more
     joint_px2: NDArray[np.float64]  # (N, 2K, 2K) of x, y of a group's targets, NaN: not known
     group_flags: NDArray[np.uint16]  # (N,)
+    angles: Angles | None = None
 
 
 @dataclass(frozen=True)
@@ -176,20 +216,24 @@ class Wire(BaseModel):
 class _Columns(Wire):
     @model_validator(mode="after")
     def _equally_long(self) -> Self:
-        lengths = {name: len(getattr(self, name)) for name in type(self).model_fields}
+        columns = {name: getattr(self, name) for name in type(self).model_fields}
+        lengths = {name: len(column) for name, column in columns.items() if column is not None}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"columns differ in length: {lengths}")
         return self
 
 
+Symmetric = Annotated[list[Finite], Field(min_length=3, max_length=3)]
+
+
 class TargetColumns(_Columns):
-    """One entry a target in every column."""
+    """One entry a target in every column; angles only from a sensor that has them."""
 
     id: list[int]
     group: list[int]
     x_px: list[Finite]
     y_px: list[Finite]
-    cov_px2: list[Annotated[list[Finite], Field(min_length=3, max_length=3)]]
+    cov_px2: list[Symmetric]
     intensity: list[Finite]
     intensity_sigma: list[NonNegative]
     p_exist: list[Probability]
@@ -197,6 +241,9 @@ class TargetColumns(_Columns):
     source: list[str]
     label: list[str]
     flags: list[list[str]]
+    az_rad: list[Finite] | None = None
+    el_rad: list[Finite] | None = None
+    cov_rad2: list[Symmetric] | None = None
 
 
 class GroupColumns(_Columns):
@@ -309,8 +356,17 @@ def targets_message(
     report: TargetReport, *, stage_ns: dict[str, int], age_ns: int, gap: list[int], config: str
 ) -> dict[str, Any]:
     """A report as the plain map of `irst.targets/1`."""
-    info = report.info
+    info, angles = report.info, report.angles
     number = len(report.group)
+    seen = (
+        {}
+        if angles is None
+        else {
+            "az_rad": angles.az_rad.tolist(),
+            "el_rad": angles.el_rad.tolist(),
+            "cov_rad2": angles.cov_rad2.tolist(),
+        }
+    )
     return {
         "schema": "irst.targets/1",
         "sensor_id": info.sensor_id,
@@ -332,6 +388,7 @@ def targets_message(
             "source": [report.source + "+refine" * fitted for fitted in report.refined.tolist()],
             "label": [""] * number,
             "flags": [Flag(flags).names for flags in report.flags.tolist()],
+            **seen,
         },
         "groups": {
             "id": list(range(len(report.bbox_px))),

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from pipeline.component import Source, Truth
 from pipeline.errors import PipelineError
-from pipeline.messages import Flag, TargetsMessage, check_wire
+from pipeline.messages import Flag, Frame, TargetsMessage, check_wire
 
 ENLARGE = 40
 PANEL_PX = 13
@@ -33,7 +33,8 @@ def draw(source: Source, targets: Path, out: Path, frame: int | None) -> int:
             raise PipelineError(f"{targets}: holds no frame {frame}; choose another --frame")
         messages = {frame: messages[frame]}
     number, group = _best_group(messages, source.truth)
-    pixels = next((f.pixels_HW for f in source.frames() if f.info.seq == number), None)
+    frames = (frame for frame in source.frames() if isinstance(frame, Frame))
+    pixels = next((frame.pixels_HW for frame in frames if frame.info.seq == number), None)
     if pixels is None:
         raise PipelineError(f"{targets}: frame {number} is not in the recording; give its own")
     message = messages[number]

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from pipeline.component import Stage, component
-from pipeline.config import load_bad_pixels, load_config
+from pipeline.config import load_config
 from pipeline.errors import PipelineError
 from pipeline.messages import Unmixed
 from pipeline.runtime import topology
 from pipeline.runtime.topology import TOPOLOGY, flow_types
+from pipeline.sensing import load_bad_pixels
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

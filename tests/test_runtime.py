@@ -1,11 +1,12 @@
 """Live runs: stopping, overload, dead processes. Every process here is real."""
 
+import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -13,17 +14,24 @@ import numpy as np
 import pytest
 from conftest import BIN
 
+from pipeline.client import Subscriber
 from pipeline.component import Stage
 from pipeline.messages import Dropped, Frame, FrameInfo, Trace
 from pipeline.physics.sensor import Sensor
 from pipeline.runtime.flow import Flow
-from pipeline.runtime.node import _shedding
 from pipeline.runtime.topology import TOPOLOGY
+from pipeline.watch import read_figures
 
 
 def children(pid: int) -> list[int]:
     listed = Path(f"/proc/{pid}/task/{pid}/children")
     return [int(child) for child in listed.read_text().split()] if listed.exists() else []
+
+
+def workers(pid: int) -> list[int]:
+    """Processes of the nodes, in the order of the topology."""
+    listed = children(pid)
+    return [n for n in listed if "spawn_main" in Path(f"/proc/{n}/cmdline").read_text()]
 
 
 def alive(pid: int) -> bool:
@@ -66,6 +74,7 @@ def start(
 SCENE = (
     "source: {{kind: synthetic, rate_hz: {rate}, width: 160, height: 128, singles: 3, groups: 2}}\n"
     'publish: {{endpoint: "ipc://{folder}/out"}}\n'
+    "supervisor: {{name: {folder.name}}}\n"
 )
 
 
@@ -121,12 +130,12 @@ def test_overload_sheds_the_oldest_frames_visibly(run_dir):
 
 
 @pytest.mark.parametrize("row", [0, 1, 2])
-def test_a_killed_node_ends_the_run_with_one_line(run_dir, row):
-    process = start(run_dir, SCENE.format(rate=20, folder=run_dir))
+def test_a_node_that_may_not_restart_ends_the_run_with_one_line(run_dir, row):
+    config = SCENE.format(rate=20, folder=run_dir).replace("{name", "{restarts: 0, name")
+    process = start(run_dir, config)
     first_status(process)
     nodes = children(process.pid)
-    spawned = [n for n in nodes if "spawn_main" in Path(f"/proc/{n}/cmdline").read_text()]
-    os.kill(spawned[row], signal.SIGKILL)
+    os.kill(workers(process.pid)[row], signal.SIGKILL)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1
     name = TOPOLOGY[row].name
@@ -157,54 +166,17 @@ def test_a_replay_told_to_stop_leaves_nothing_behind(run_dir, scene_recording):
     assert list(run_dir.glob("irst-*")) == []
 
 
-class _Unplugged:
-    """A source whose camera goes away, in a way nobody thought of."""
-
-    def frames(self):
-        for seq in range(3):
-            yield Frame(FrameInfo(seq, "s", 0, "utc", (1, 1)), np.zeros((1, 1), np.uint8))
-        raise ValueError("unplugged")
-
-
-class _Ready:
-    def can_send(self, wait_ms):
-        return True
-
-
-def test_a_live_source_that_fails_gives_its_frames_and_then_its_error():
-    stream = _shedding(_Unplugged(), _Ready(), 8, threading.Event())
-    seen = [next(stream)[0].info.seq for _ in range(3)]
-    assert seen == [0, 1, 2]
-    with pytest.raises(ValueError, match="unplugged"):
-        next(stream)
-
-
-def test_shedding_keeps_the_newest_and_names_the_rest_in_order():
-    taken = threading.Event()
-
-    class Quick:
-        def frames(self):
-            for seq in range(10):
-                yield Frame(FrameInfo(seq, "s", 0, "utc", (1, 1)), np.zeros((1, 1), np.uint8))
-            taken.set()
-
-    class SlowAtFirst:
-        def can_send(self, wait_ms):
-            return taken.wait(20)
-
-    items = [item for item, _ in _shedding(Quick(), SlowAtFirst(), 3, threading.Event())]
-    assert [item.seq for item in items if isinstance(item, Dropped)] == list(range(7))
-    assert [item.info.seq for item in items if isinstance(item, Frame)] == [7, 8, 9]
-
-
 def test_nodes_end_when_their_supervisor_is_killed(run_dir):
     process = start(run_dir, SCENE.format(rate=20, folder=run_dir))
     first_status(process)
     nodes = children(process.pid)
     assert len(nodes) >= 3
+    os.kill(workers(process.pid)[1], signal.SIGSTOP)  # a stopped one must not stay either
     process.kill()
     process.communicate(timeout=30)
     wait_for(lambda: not any(alive(node) for node in nodes), 10.0)
+    left = {path.name for path in run_dir.iterdir()}
+    assert left == {"config.yaml"}, "no socket is left behind"
 
 
 def test_a_source_that_ends_ends_the_run(run_dir):
@@ -242,3 +214,135 @@ def test_a_frame_a_stage_trips_over_is_dropped_by_name_and_the_next_goes_on():
     assert [type(result) for result in results] == [Frame, Dropped, Frame]
     assert results[1] == Dropped(1, "good", "this frame is cursed")
     assert flow.process(results[1], Trace(0, {}))[0] is results[1]
+
+
+def heard(process: subprocess.Popen[str]) -> dict[str, int]:
+    """The `dropped at` lines of a run that was told to end, by stage and reason."""
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 0, stderr
+    frames_in, published, dropped = totals(stdout)
+    assert frames_in == published + dropped
+    found = re.findall(r"dropped at (\w+): (\d+) × (.*)", stdout)
+    return {f"{stage}: {reason}": int(number) for stage, number, reason in found}
+
+
+def follow(run_dir: Path, seconds: float) -> list[dict]:
+    """Messages a subscriber gets in that time."""
+    subscriber = Subscriber(f"ipc://{run_dir}/out")
+    until = time.monotonic() + seconds
+    messages = []
+    while time.monotonic() < until:
+        if (message := subscriber.receive(0.1)) is not None:
+            messages.append(message)
+    subscriber.close()
+    return messages
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_a_killed_node_is_started_again_and_every_frame_accounted_for(run_dir, row):
+    process = start(run_dir, SCENE.format(rate=40, folder=run_dir))
+    first_status(process)
+    os.kill(workers(process.pid)[row], signal.SIGKILL)
+    messages = follow(run_dir, 6.0)
+    numbers = [message["frame_seq"] for message in messages if "frame_seq" in message]
+    assert numbers == list(range(numbers[0], numbers[-1] + 1)), "in order, each once"
+    late = [m["schema"] for m in messages if m["schema"] in ("irst.targets/1", "irst.gap/1")][-20:]
+    assert set(late) == {"irst.targets/1"}, "it is well again"
+    process.send_signal(signal.SIGTERM)
+    heard(process)
+
+
+def test_what_waits_too_long_is_dropped_by_name_and_nothing_older_is_published(run_dir):
+    config = SCENE.format(rate=40, folder=run_dir).replace("{name", "{max_age_ms: 300, name")
+    process = start(run_dir, config)
+    first_status(process)
+    unmix = workers(process.pid)[1]
+    os.kill(unmix, signal.SIGSTOP)
+    time.sleep(1.5)
+    os.kill(unmix, signal.SIGCONT)
+    messages = follow(run_dir, 1.5)
+    assert max(m["age_ns"] for m in messages if m["schema"] == "irst.targets/1") < 400e6
+    process.send_signal(signal.SIGTERM)
+    assert heard(process).get("unmix: older than 300 ms", 0) > 0
+
+
+def test_a_second_pipeline_of_the_same_name_is_refused_and_another_is_not(run_dir):
+    first = start(run_dir, SCENE.format(rate=20, folder=run_dir))
+    assert first.stdout
+    assert "publishing" in first.stdout.readline()
+    same = start(run_dir, SCENE.format(rate=20, folder=run_dir))
+    _, stderr = same.communicate(timeout=60)
+    assert same.returncode == 2
+    assert re.fullmatch(r"pipeline: a pipeline named .* runs .*\n", stderr), stderr
+    other = run_dir / "other"
+    other.mkdir()
+    second = start(other, SCENE.format(rate=20, folder=other))
+    for process in (first, second):
+        first_status(process)
+        process.send_signal(signal.SIGTERM)
+    for process in (first, second):
+        assert heard(process) == {}
+
+
+def test_a_terminal_that_takes_nothing_holds_up_no_frame(run_dir):
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    (run_dir / "config.yaml").write_text(SCENE.format(rate=40, folder=run_dir))
+    words = [str(BIN / "pipeline"), "run", "--config", str(run_dir / "config.yaml")]
+    process = subprocess.Popen(words, stdout=writer, env={**os.environ, "TMPDIR": str(run_dir)})
+    os.close(writer)
+    subscriber = Subscriber(f"ipc://{run_dir}/out")
+    published = []
+    while len(published) < 100:
+        message = subscriber.receive(60.0)
+        assert message is not None
+        if message["schema"] == "irst.targets/1":
+            published.append(message)
+    subscriber.close()
+    process.send_signal(signal.SIGTERM)
+    with os.fdopen(reader, "rb") as pipe:
+        assert b"adds up" in pipe.read()
+    assert process.wait(10) == 0
+
+
+def test_a_live_run_tells_its_figures(run_dir, command):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    config = SCENE.format(rate=20, folder=run_dir) + f"telemetry: {{metrics: '{address}'}}\n"
+    process = start(run_dir, config)
+    first_status(process)
+    result = command("pipeline", "watch", address, "--count", "2")
+    assert result.returncode == 0, result.stderr
+    for word in ("published", "unmix.0", "supervisor", "detect", "0 restarts"):
+        assert word in result.stdout
+    look = read_figures(address)
+    assert look.get("irst_frames_total", "published", "") > 20
+    assert look.get("irst_node_ready", "front.0") == 1
+    assert look.get("irst_node_memory_bytes", "back.0") > 1e7
+    process.send_signal(signal.SIGTERM)
+    heard(process)
+
+
+def test_check_names_what_the_run_would_stumble_over(run_dir):
+    config = SCENE.format(rate=20, folder=run_dir)
+    for more, fragment in (
+        ("topology: {unmix: {cores: [4000]}}", "no core 4000"),
+        (f"dead_letters: {{folder: {run_dir}/config.yaml/x}}", "dead_letters.folder"),
+    ):
+        process = start(run_dir, f"{config}{more}\n", "check")
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert fragment in stderr
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        process = start(run_dir, f"{config}telemetry: {{metrics: '{address}'}}\n", "check")
+        stdout, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert f"note: telemetry.metrics {address}: cannot listen there" in stdout

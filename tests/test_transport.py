@@ -9,8 +9,10 @@ import msgpack
 import pytest
 
 from pipeline.errors import PipelineError, RunError
-from pipeline.transport import sockets
-from pipeline.transport.sockets import CreditReceiver, CreditSender, Publisher, SubscriberSocket
+from pipeline.transport import publish, sockets
+from pipeline.transport.codec import CodecError
+from pipeline.transport.hub import FROM_NODE, HubSocket, NodeSocket, Word, read_word
+from pipeline.transport.publish import Publisher, SubscriberSocket
 
 DEADLINE_S = 20.0
 
@@ -25,142 +27,110 @@ def tick_until(deadline_s: float = DEADLINE_S):
     return tick
 
 
+def come(publisher: Publisher, number: int = 1) -> None:
+    """Return once so many have subscribed."""
+    tick = tick_until()
+    while publisher.subscribers != number:
+        publisher.listen(50)
+        tick()
+
+
 @pytest.fixture
 def endpoint(tmp_path):
     return f"ipc://{tmp_path}/socket"
 
 
-def test_messages_arrive_whole_in_order_and_the_end_carries_the_total(endpoint):
-    sender = CreditSender(endpoint, receivers=1, queue=3)
-    receiver = CreditReceiver([endpoint], queue=3)
-    receiver.open()
-    sender.wait_ready(tick_until())
+def word(hub):
+    """Who spoke, the word, the parts that came with it."""
+    heard = hub.receive(round(DEADLINE_S * 1000))
+    assert heard is not None
+    node, parts = heard
+    return node, read_word(parts[0], FROM_NODE), parts[1:]
+
+
+def test_words_and_parts_arrive_whole_at_the_node_they_are_for(endpoint):
+    hub = HubSocket(endpoint)
+    nodes = {name: NodeSocket(endpoint, name) for name in (b"unmix.0#1", b"unmix.1#1")}
+    for node in nodes.values():
+        node.send(Word("ready"))
+    assert {word(hub)[0] for _ in nodes} == set(nodes)
     big = b"x" * 200_000
-    received = []
-
-    def receive() -> None:
-        while (parts := receiver.receive(tick_until())) is not None:
-            received.append([bytes(part) for part in parts])
-
-    thread = threading.Thread(target=receive)
-    thread.start()
-    for number in range(50):
-        sender.send([str(number).encode(), big, b""], tick_until())
-    sender.end(50)
-    thread.join(DEADLINE_S)
-    assert received == [[str(number).encode(), big, b""] for number in range(50)]
-    assert receiver.frames_in == 50
-    sender.close()
-    receiver.close()
-
-
-def test_sender_waits_for_the_first_credit_of_every_receiver(endpoint):
-    sender = CreditSender(endpoint, receivers=2, queue=1)
-    first = CreditReceiver([endpoint], queue=1)
-    first.open()
-    with pytest.raises(TimeoutError):
-        sender.wait_ready(tick_until(0.5))
-    second = CreditReceiver([endpoint], queue=1)
-    second.open()
-    sender.wait_ready(tick_until())
-    for end in (sender, first, second):
+    assert hub.send(b"unmix.1#1", Word("work", 7, t_ns=5), [big, b""])
+    received, parts = nodes[b"unmix.1#1"].receive(5000)
+    assert received == Word("work", 7, t_ns=5)
+    assert [bytes(part) for part in parts] == [big, b""]
+    assert nodes[b"unmix.0#1"].receive(100) is None
+    for end in (hub, *nodes.values()):
         end.close()
 
 
-def test_no_more_is_sent_than_there_is_credit_for(endpoint):
-    sender = CreditSender(endpoint, receivers=1, queue=2)
-    receiver = CreditReceiver([endpoint], queue=2)
-    receiver.open()
-    sender.wait_ready(tick_until())
-    sender.send([b"1"], tick_until())
-    sender.send([b"2"], tick_until())
-    assert not sender.can_send(wait_ms=100)
-    with pytest.raises(TimeoutError):
-        sender.send([b"3"], tick_until(0.3))
-    assert bytes(receiver.receive(tick_until())[0]) == b"1"
-    assert not sender.can_send(wait_ms=50), "credit comes back when a message is done, not taken"
-    assert bytes(receiver.receive(tick_until())[0]) == b"2"
-    assert sender.can_send(wait_ms=1000)
-    sender.close()
-    receiver.close()
+def test_a_node_that_is_not_there_is_told_of_at_once(endpoint):
+    hub = HubSocket(endpoint)
+    assert not hub.send(b"nobody", Word("stop"))
+    hub.close()
 
 
-def test_work_goes_to_the_receiver_that_is_ready(endpoint):
-    sender = CreditSender(endpoint, receivers=2, queue=1)
-    quick, stuck = CreditReceiver([endpoint], queue=1), CreditReceiver([endpoint], queue=1)
-    for receiver in (quick, stuck):
-        receiver.open()
-    sender.wait_ready(tick_until())
-    counts = []
-
-    def work() -> None:
-        taken = 0
-        while quick.receive(tick_until()) is not None:
-            taken += 1
-        counts.append(taken)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    for _ in range(20):
-        sender.send([b"work"], tick_until())
-    sender.end(20)
-    thread.join(DEADLINE_S)
-    assert counts == [19], "one message waits at the receiver that never took it"
-    for end in (sender, quick, stuck):
-        end.close()
-
-
-def test_gibberish_from_a_receiver_is_no_credit(endpoint):
-    import zmq
-
-    sender = CreditSender(endpoint, receivers=1, queue=4)
-    stranger = zmq.Context.instance().socket(zmq.DEALER)
-    stranger.linger = 0
-    stranger.connect(endpoint)
-    for parts in ([b"hello"], [b"credit", b"-5"], [b"credit", b"many"], [b"credit"], [b""] * 9):
-        stranger.send_multipart(parts)
-    with pytest.raises(TimeoutError):
-        sender.wait_ready(tick_until(0.5))
-    stranger.close()
-    sender.close()
+@pytest.mark.parametrize(
+    "part",
+    [
+        b"",
+        b"hello",
+        b"\xc1",
+        b"x" * 20_000,
+        msgpack.packb(["result"]),
+        msgpack.packb(["result", "7", 0, 0, "", "", 0]),
+        msgpack.packb(["result", -7, 0, 0, "", "", 0]),
+        msgpack.packb(["stop", 0, 0, 0, "", "", 0]),
+        msgpack.packb(["lost", 0, True, 0, "", "", 0]),
+    ],
+)
+def test_what_is_no_word_is_refused(part):
+    with pytest.raises(CodecError, match="word"):
+        read_word(part, FROM_NODE)
 
 
 def test_a_subscriber_gets_topic_and_messagepack_map(endpoint):
     publisher = Publisher([endpoint], "roof", 100, lossless=False)
-    subscriber = SubscriberSocket(endpoint, topic=b"me")
-    publisher.wait_subscribers(b"me", 0, tick_until())
+    subscriber = SubscriberSocket(endpoint)
+    come(publisher)
     publisher.publish({"schema": "x", "n": [1, 2.5, None]}, tick_until())
     assert msgpack.unpackb(subscriber.receive(5.0)) == {"schema": "x", "n": [1, 2.5, None]}
     publisher.close()
     subscriber.close()
 
 
-def test_publishing_starts_when_all_who_were_waited_for_have_come(endpoint):
+def test_subscribers_are_counted_as_they_come_and_go(endpoint):
     publisher = Publisher([endpoint], "roof", 100, lossless=True)
-    own = SubscriberSocket(endpoint, topic=b"me")
-    first = SubscriberSocket(endpoint)
-    late: list[SubscriberSocket] = []
-
-    def tick() -> None:
-        """The second of the two comes only after the wait has begun."""
-        if not late:
-            late.append(SubscriberSocket(endpoint))
-        in_time()
-
-    in_time = tick_until()
-    publisher.wait_subscribers(b"me", 2, tick)
-    (second,) = late
+    first, second = SubscriberSocket(endpoint), SubscriberSocket(endpoint)
+    come(publisher, 2)
     publisher.publish({"n": 1}, tick_until())
-    for end in (own, first, second):
-        assert msgpack.unpackb(end.receive(5.0)) == {"n": 1}
-        end.close()
+    for subscriber in (first, second):
+        assert msgpack.unpackb(subscriber.receive(5.0)) == {"n": 1}
+    first.close()
+    come(publisher, 1)
+    second.close()
     publisher.close()
+
+
+def test_the_end_of_a_stream_is_acknowledged_with_a_count(endpoint):
+    publisher = Publisher([endpoint], "roof", 100, lossless=True)
+    whole, short, elsewhere = (SubscriberSocket(endpoint) for _ in range(3))
+    come(publisher, 3)
+    elsewhere.acknowledge(None)
+    whole.acknowledge(12)
+    with pytest.raises(RunError, match="1 subscribers did not acknowledge"):
+        publisher.wait_acknowledged(12, 1.0)
+    short.acknowledge(11)
+    with pytest.raises(RunError, match="11 of 12"):
+        publisher.wait_acknowledged(12, 5.0)
+    for end in (whole, short, elsewhere, publisher):
+        end.close()
 
 
 def test_lossless_publishing_waits_and_loses_nothing(endpoint):
     publisher = Publisher([endpoint], "roof", 10, lossless=True)
-    subscriber = SubscriberSocket(endpoint, queue=10, topic=b"me")
-    publisher.wait_subscribers(b"me", 0, tick_until())
+    subscriber = SubscriberSocket(endpoint, queue=10)
+    come(publisher)
     load = "y" * 100_000  # large enough that kernel buffers do not hide the queue
     received = []
 
@@ -182,10 +152,10 @@ def test_lossless_publishing_waits_and_loses_nothing(endpoint):
 
 
 def test_lossless_publishing_gives_up_on_a_subscriber_that_takes_nothing(endpoint, monkeypatch):
-    monkeypatch.setattr(sockets, "STALL_S", 0.3)
+    monkeypatch.setattr(publish, "STALL_S", 0.3)
     publisher = Publisher([endpoint], "roof", 2, lossless=True)
-    subscriber = SubscriberSocket(endpoint, queue=2, topic=b"me")
-    publisher.wait_subscribers(b"me", 0, tick_until())
+    subscriber = SubscriberSocket(endpoint, queue=2)
+    come(publisher)
 
     def flood() -> None:
         for _ in range(1000):
@@ -199,8 +169,8 @@ def test_lossless_publishing_gives_up_on_a_subscriber_that_takes_nothing(endpoin
 
 def test_live_publishing_is_never_held_back_by_a_subscriber(endpoint):
     publisher = Publisher([endpoint], "roof", 2, lossless=False)
-    stuck = SubscriberSocket(endpoint, queue=2, topic=b"stuck")
-    publisher.wait_subscribers(b"stuck", 0, tick_until())
+    stuck = SubscriberSocket(endpoint, queue=2)
+    come(publisher)
     for number in range(500):
         publisher.publish({"n": number, "load": "y" * 100_000}, tick_until())
     seen = []
@@ -208,6 +178,7 @@ def test_live_publishing_is_never_held_back_by_a_subscriber(endpoint):
         seen.append(msgpack.unpackb(part)["n"])
     assert seen[0] == 0
     assert 0 < len(seen) < 500, "what it could not take it has lost"
+    assert publisher.held_back > 0, "and the publisher has noticed"
     publisher.close()
     stuck.close()
 
@@ -222,28 +193,50 @@ def test_an_address_in_use_is_named():
 
 def test_an_ipc_path_too_long_for_the_system_is_named(tmp_path):
     with pytest.raises(PipelineError, match="longer than 107 bytes"):
-        CreditSender(f"ipc://{tmp_path}/{'x' * 120}", receivers=1, queue=1)
+        HubSocket(f"ipc://{tmp_path}/{'x' * 120}")
 
 
-def test_a_second_listener_cannot_steal_an_ipc_path(endpoint):
+def test_a_second_listener_cannot_steal_an_ipc_path(endpoint, tmp_path):
     first = Publisher([endpoint], "roof", 10, lossless=False)
     with pytest.raises(PipelineError, match="address already in use"):
         Publisher([endpoint], "roof", 10, lossless=False)
-    subscriber = SubscriberSocket(endpoint, topic=b"me")
-    first.wait_subscribers(b"me", 0, tick_until())
+    subscriber = SubscriberSocket(endpoint)
+    come(first)
     first.publish({"n": 1}, tick_until())
     assert subscriber.receive(5.0) is not None, "the first still has its subscribers"
     subscriber.close()
     first.close()
     second = Publisher([endpoint], "roof", 10, lossless=False)
     second.close()
+    assert not list(tmp_path.glob("*.lock"))
+
+
+LEAVES_A_SOCKET = """
+import os, signal, sys
+from pipeline.transport.publish import Publisher
+publisher = Publisher([sys.argv[1]], "roof", 10, lossless=False)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_leaves_of_an_ipc_endpoint_is_removed(endpoint, tmp_path):
+    subprocess.run([sys.executable, "-c", LEAVES_A_SOCKET, endpoint], check=False)
+    assert (tmp_path / "socket").exists()
+    sockets.remove_stale(endpoint)
+    assert not list(tmp_path.iterdir())
+    owner = Publisher([endpoint], "roof", 10, lossless=False)
+    sockets.remove_stale(endpoint)
+    assert (tmp_path / "socket").exists(), "its owner lives"
+    owner.close()
 
 
 SENDS_AND_ENDS = """
 import sys
 from pipeline.transport import sockets
-publisher = sockets.Publisher([sys.argv[1]], "roof", 1000, lossless=True)
-publisher.wait_subscribers(b"me", 0, lambda: None)
+from pipeline.transport.publish import Publisher
+publisher = Publisher([sys.argv[1]], "roof", 1000, lossless=True)
+while not publisher.subscribers:
+    publisher.listen(50)
 for number in range(100):
     publisher.publish({"n": number, "load": "y" * 200_000}, lambda: None)
 publisher.close()
@@ -253,7 +246,7 @@ sockets.end()
 
 def test_a_process_that_ends_loses_nothing_a_slow_subscriber_has_not_taken_yet(endpoint):
     process = subprocess.Popen([sys.executable, "-c", SENDS_AND_ENDS, endpoint])
-    subscriber = SubscriberSocket(endpoint, queue=1, topic=b"me")
+    subscriber = SubscriberSocket(endpoint, queue=1)
     received = []
     while len(received) < 100:
         part = subscriber.receive(20.0)

@@ -21,6 +21,9 @@ from pipeline.physics.sensor import Sensor
 FORMAT = "irst-recording"
 COMPLETE = "every_chunk_stored"
 """Attribute of `frame`: even black frames have a chunk, so an absent chunk is a lost frame."""
+UNFINISHED = "unfinished"
+"""Attribute of `frame`: being written, or cut off; ends where `timestamp_ns` is NOT_WRITTEN."""
+NOT_WRITTEN = np.iinfo(np.int64).min
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,12 @@ def recording_from(path: Path, group: zarr.Group) -> Recording:
             f"{path}: array `frame` lacks {stored.nchunks - stored.nchunks_initialized} of its "
             f"{stored.nchunks} chunks; copy the recording again"
         )
-    timestamp_ns = _checks.values(path, group, "timestamp_ns", "int64", (stored.shape[0],))
+    unfinished = bool(stored.attrs.get(UNFINISHED))
+    length = None if unfinished else stored.shape[0]
+    timestamp_ns = _checks.values(path, group, "timestamp_ns", "int64", (length,))
+    if unfinished:
+        blank = np.flatnonzero(timestamp_ns == NOT_WRITTEN)
+        timestamp_ns = timestamp_ns[: blank[0] if len(blank) else stored.shape[0]]
     late = np.zeros(len(timestamp_ns), dtype=np.bool_)
     late[1:] = timestamp_ns[1:] <= timestamp_ns[:-1]
     _checks.refuse(path, "timestamp_ns", "must increase from frame to frame", late)

@@ -21,12 +21,15 @@ class Account:
         self.dropped: Counter[tuple[str, str]] = Counter()
         self._gap: deque[int] = deque(maxlen=MAX_GAP)
 
-    def publish(self) -> list[int]:
-        """Count a published frame; returns the numbers lost since the one before it."""
+    @property
+    def gap(self) -> list[int]:
+        """The numbers lost since the last published frame."""
+        return list(self._gap)
+
+    def publish(self) -> None:
+        """Count a published frame."""
         self.published += 1
-        gap = list(self._gap)
         self._gap.clear()
-        return gap
 
     def drop(self, lost: Dropped) -> None:
         """Count a lost frame."""
@@ -71,10 +74,3 @@ class Reorder:
             ready.append(self._waiting.pop(self._next))
             self._next += 1
         return ready
-
-    def finish(self, frames_in: int) -> list[tuple[Any, Trace]]:
-        """What is left, in order, with a `Dropped` for every number that never came."""
-        return [
-            self._waiting.pop(seq, (Dropped(seq, "transport", "never arrived"), Trace(0, {})))
-            for seq in range(self._next, frames_in)
-        ]

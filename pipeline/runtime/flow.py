@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline.component import Context, Stage, component
-from pipeline.config import PipelineConfig, load_bad_pixels
+from pipeline.component import Stage, component
+from pipeline.config import PipelineConfig
 from pipeline.messages import Dropped, Trace
 from pipeline.physics.sensor import Sensor
+from pipeline.sensing import stage_context
 
 log = logging.getLogger(__name__)
 
@@ -62,11 +63,7 @@ def build_flow(
     clock: Callable[[], int] = time.monotonic_ns,
 ) -> Flow:
     """Build the named stages; raises PipelineError or EngineError if one cannot be had."""
-    context = Context(
-        sensor=sensor,
-        bad_pixels_HW=load_bad_pixels(config.sensor.bad_pixels, shape),
-        engine=config.engine,
-    )
+    context = stage_context(config.sensor, sensor, shape, config.engine)
     stages = [
         (name, component("stage", name).build(config.stages[name], context)) for name in names
     ]

@@ -5,16 +5,16 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.errors import RunError
-from pipeline.messages import Dropped, Trace, targets_message
+from pipeline.messages import Dropped, Trace, Wire, check_wire, targets_message
 from pipeline.runtime.account import Account
 
 
 class Output:
-    """Turns reports into messages and hands them to `send`; counts every frame's outcome."""
+    """Turns reports into checked messages for `send`; counts every frame's outcome."""
 
     def __init__(
         self,
-        send: Callable[[dict[str, Any]], None],
+        send: Callable[[dict[str, Any], Wire], None],
         sensor_id: str,
         config: str,
         heartbeat_s: float,
@@ -28,23 +28,35 @@ class Output:
         """Say that a run begins."""
         self._send_event("irst.start/1", config=self._config)
 
+    @property
+    def frames(self) -> int:
+        """Frames published and lost so far."""
+        return self._account.total
+
     def put(self, message: Any, trace: Trace) -> None:
-        """Publish a report, or a lost frame as a gap."""
+        """Publish a report, or a lost frame as a gap; what fits no schema is a lost frame."""
         if isinstance(message, Dropped):
-            self._account.drop(message)
-            self._send_event(
-                "irst.gap/1", frame_seq=message.seq, stage=message.stage, reason=message.reason
-            )
+            self._drop(message)
             return
-        self._send(
-            targets_message(
-                message,
-                stage_ns=trace.stage_ns,
-                age_ns=time.monotonic_ns() - trace.t_ingest_ns,
-                gap=self._account.publish(),
-                config=self._config,
-            )
+        targets = targets_message(
+            message,
+            stage_ns=trace.stage_ns,
+            age_ns=time.monotonic_ns() - trace.t_ingest_ns,
+            gap=self._account.gap,
+            config=self._config,
         )
+        try:
+            model = check_wire(targets)
+        except ValueError as error:
+            reason = "not fit to publish: " + " ".join(str(error).split())
+            self._drop(Dropped(message.info.seq, "publish", reason[:200]))
+            return
+        self._account.publish()
+        self._send(targets, model)
+
+    def _drop(self, lost: Dropped) -> None:
+        self._account.drop(lost)
+        self._send_event("irst.gap/1", frame_seq=lost.seq, stage=lost.stage, reason=lost.reason)
 
     def beat(self) -> None:
         """Send a heartbeat if it is time for one."""
@@ -56,9 +68,11 @@ class Output:
 
     def end(self, frames_in: int) -> None:
         """Send the totals; raises RunError if they do not add up."""
-        self._send(self._account.end_message(self._sensor_id, frames_in))
+        end = self._account.end_message(self._sensor_id, frames_in)
+        self._send(end, check_wire(end))
         if self._account.total != frames_in:
             raise RunError(f"{frames_in} frames in but {self._account.total} accounted for")
 
     def _send_event(self, schema: str, **fields: Any) -> None:
-        self._send({"schema": schema, "sensor_id": self._sensor_id, **fields})
+        message = {"schema": schema, "sensor_id": self._sensor_id, **fields}
+        self._send(message, check_wire(message))

@@ -2,18 +2,15 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
 from typing import Any
 
 from pipeline.component import Source
 from pipeline.config import PipelineConfig
-from pipeline.messages import Trace, Wire, check_wire
+from pipeline.messages import Trace, Wire
 from pipeline.runtime.flow import build_flow
 from pipeline.runtime.memory import keep_freed_memory
 from pipeline.runtime.output import Output
-from pipeline.runtime.supervisor import Supervisor
-
-Messages = Iterator[tuple[dict[str, Any], Wire]]
+from pipeline.runtime.supervisor import Messages, Supervisor
 
 
 def over_zeromq(config: PipelineConfig, source: Source) -> Messages:
@@ -25,10 +22,14 @@ def over_zeromq(config: PipelineConfig, source: Source) -> Messages:
 def in_process(config: PipelineConfig, source: Source) -> Messages:
     """The same messages, but for heartbeats, from a plain loop over the same table."""
     keep_freed_memory()
-    waiting: deque[dict[str, Any]] = deque()
+    waiting: deque[tuple[dict[str, Any], Wire]] = deque()
+
+    def put(message: dict[str, Any], model: Wire) -> None:
+        waiting.append((message, model))
+
     flow = build_flow(config, config.stage_names, source.sensor, source.shape)
     heartbeat_s = config.publish.heartbeat_s
-    output = Output(waiting.append, source.sensor.id, config.digest, heartbeat_s)
+    output = Output(put, source.sensor.id, config.digest, heartbeat_s)
     frames_in = 0
     try:
         output.start()
@@ -43,7 +44,6 @@ def in_process(config: PipelineConfig, source: Source) -> Messages:
         flow.close()
 
 
-def _drain(waiting: deque[dict[str, Any]]) -> Messages:
+def _drain(waiting: deque[tuple[dict[str, Any], Wire]]) -> Messages:
     while waiting:
-        message = waiting.popleft()
-        yield message, check_wire(message)
+        yield waiting.popleft()

@@ -1,37 +1,45 @@
-"""Starts the nodes of a run, listens to them, and ends them: nothing is left behind."""
+"""A run of the flow in processes: hands frames from node to node, and publishes what comes out.
+
+The supervisor is the one process a run cannot do without. Every other may die: what it held is in
+the ledger here (`dispatch`), a new one is started (`children`), and order, totals and subscribers
+do not suffer, since frames are put in order, counted and published here (`output`).
+"""
 
 import contextlib
 import math
 import multiprocessing
-import os
-import signal
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from pipeline.config import PipelineConfig
 from pipeline.errors import PipelineError, RunError
-from pipeline.messages import Wire, check_wire
+from pipeline.messages import Dropped, Trace, Wire
 from pipeline.physics.sensor import Sensor
-from pipeline.runtime.node import (
-    Mode,
-    NodeTask,
-    control_endpoint,
-    publish_endpoint,
-    run_node,
-    supervisor_topic,
-)
+from pipeline.runtime.account import Reorder
+from pipeline.runtime.children import Child, Children
+from pipeline.runtime.dead_letters import DeadLetters
+from pipeline.runtime.dispatch import Dispatcher, Job
+from pipeline.runtime.node import Mode, NodeTask, hub_endpoint, run_node
+from pipeline.runtime.output import Output
+from pipeline.runtime.telemetry import Telemetry
 from pipeline.transport import codec
-from pipeline.transport.sockets import STALL_S, ControlReceiver, SubscriberSocket
+from pipeline.transport.hub import FROM_NODE, HubSocket, Word, read_word
+from pipeline.transport.publish import STALL_S, Publisher
+from pipeline.transport.security import ServerKeys
 
-DRAIN_S = 5.0
-SILENCE_S = 0.05
-CAUSE_S = 0.3
+DRAIN_S = 3.0
+LISTEN_MS = 10
+HOUSEKEEPING_S = 0.05
+ABSENT_S = 1.0
+END_S = 1.0
+MAX_HEARD = 256
+
+Messages = Iterator[tuple[dict[str, Any], Wire]]
 
 
 class NodeFailure(PipelineError):
@@ -42,72 +50,63 @@ class NodeFailure(PipelineError):
         self.exit_code = exit_code
 
 
-@dataclass
-class _Child:
-    name: str
-    process: BaseProcess
-    draining: bool = False  # it has ended the stream; what is under way will still come
-    done: bool = False
-
-
 class Supervisor:
-    """A run of the flow in processes; use as a context manager.
-
-    The nodes are spawned, never forked, and end when the stream does, when `stop` is called, or
-    by themselves when this process is gone.
-    """
+    """Use as a context manager; every process is gone when the block is left."""
 
     def __init__(
         self, config: PipelineConfig, mode: Mode, sensor: Sensor, shape: tuple[int, int]
     ) -> None:
         self._config, self._mode, self._sensor, self._shape = config, mode, sensor, shape
-        self._spawn = multiprocessing.get_context("spawn")
-        self._stop = self._spawn.Event()
-        self._children: list[_Child] = []
+        age_ns = round(config.supervisor.max_age_ms * 1e6) if mode == "live" else None
+        self._dispatcher = Dispatcher(config.topology, age_ns)
+        self._children = Children(run_node, config.supervisor, self._on_gone)
+        self._taken = multiprocessing.get_context("spawn").RawValue("q", 0)
+        self._reorder = Reorder()
+        self._waiting: deque[tuple[dict[str, Any], Wire]] = deque()
+        self._started = False
+        self._stopping = False
         self._drained_by = math.inf
-        self._failure: NodeFailure | None = None  # of a node after which the stream still ends
+        self._next_housekeeping = 0.0
+        self._failure: NodeFailure | None = None  # after which the stream still ends
+        self._dead_letters = DeadLetters(config.dead_letters, config.digest)
+        self.telemetry = Telemetry()
+
+    # --- beginning and end -----------------------------------------------------------------
 
     def __enter__(self) -> Self:
+        publish = self._config.publish
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.telemetry.served(self._config.telemetry.metrics))
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="irst-"))  # mode 0700
-            run_dir = Path(folder)
-            self._control = ControlReceiver(control_endpoint(run_dir))
-            stack.callback(self._control.close)
-            self._subscriber = SubscriberSocket(
-                publish_endpoint(run_dir), queue=0, topic=supervisor_topic(run_dir)
+            self._hub = HubSocket(hub_endpoint(Path(folder)))
+            stack.callback(self._hub.close)
+            self._publisher = Publisher(
+                [publish.endpoint] if publish.endpoint else [],
+                self._sensor.id,
+                publish.queue,
+                lossless=self._mode == "replay",
+                keys=ServerKeys.load(publish.keys) if publish.keys else None,
             )
-            stack.callback(self._subscriber.close)
-            stack.callback(self._kill)
-            self._start(run_dir)
+            stack.callback(self._publisher.close)
+            self._output = Output(
+                self._publish, self._sensor.id, self._config.digest, publish.heartbeat_s
+            )
+            stack.callback(self._children.kill)
+            for row, node in enumerate(self._config.topology):
+                task = NodeTask(
+                    config=self._config,
+                    row=row,
+                    run_dir=Path(folder),
+                    mode=self._mode,
+                    sensor=self._sensor,
+                    shape=self._shape,
+                    taken=self._taken,
+                )
+                for replica in range(node.replicas):
+                    self._children.add(f"{node.name}.{replica}", row, task)
+            self._children.watch()
             self._cleanup = stack.pop_all()
         return self
-
-    def _start(self, run_dir: Path) -> None:
-        """Start every node with signals blocked: a Ctrl-C goes to all, but is ours to act on.
-
-        Nodes inherit the mask; a signal that comes to us meanwhile waits until they are started.
-        """
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        try:
-            for row, node in enumerate(self._config.topology):
-                for replica in range(node.replicas):
-                    task = NodeTask(
-                        config=self._config,
-                        row=row,
-                        replica=replica,
-                        run_dir=run_dir,
-                        mode=self._mode,
-                        sensor=self._sensor,
-                        shape=self._shape,
-                        supervisor_pid=os.getpid(),
-                    )
-                    process = self._spawn.Process(
-                        target=run_node, args=(task, self._stop), name=task.name, daemon=True
-                    )
-                    process.start()
-                    self._children.append(_Child(task.name, process))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __exit__(
         self,
@@ -115,88 +114,189 @@ class Supervisor:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """After a good end, give the nodes time to hand their last messages to subscribers."""
         with self._cleanup:
-            if kind is None:
-                deadline = time.monotonic() + (STALL_S if self._mode == "replay" else DRAIN_S)
-                for child in self._children:
-                    child.process.join(max(0.0, deadline - time.monotonic()))
-
-    def _kill(self) -> None:
-        """End what still runs."""
-        for child in self._children:
-            child.process.kill()
-        for child in self._children:
-            child.process.join()
+            if kind is not None:
+                self._publisher.abandon()
+            else:
+                for child in self._children.all:
+                    child.done = True
+                    if not self._hub.send(child.identity, Word("stop")) and child.process:
+                        child.process.kill()
+                self._children.join(END_S if self._mode == "live" else STALL_S)
 
     def stop(self) -> None:
-        """Ask the source to end; what is under way is still published, then the nodes end."""
-        self._drained_by = min(self._drained_by, time.monotonic() + DRAIN_S)
-        self._stop.set()
+        """Ask the source to end; what is under way is still published. Safe in a signal handler."""
+        self._stopping = True
 
-    def messages(self) -> Iterator[tuple[dict[str, Any], Wire]]:
+    # --- the loop --------------------------------------------------------------------------
+
+    def messages(self) -> Messages:
         """What the run publishes, each also as its checked model, to the end of the stream.
 
-        Raises NodeFailure if a node could not go on, RunError if one died or if, once told to
-        stop, the nodes did not drain in time.
+        Raises NodeFailure if a node could not go on, RunError if one died more often than allowed.
         """
-        while True:
-            part = self._subscriber.receive(SILENCE_S)
-            message = {} if part is None else codec.unpack_wire(part)
-            if message:
-                yield message, check_wire(message)
-            if message.get("schema") == "irst.eos/1":
-                self._hear_everyone()
-                return
-            if message.get("schema") in (None, "irst.heartbeat/1"):
-                self._watch()
-            if time.monotonic() > self._drained_by:
-                raise self._failure or RunError(f"the nodes did not drain within {DRAIN_S:g} s")
-
-    def _hear_everyone(self) -> None:
-        """Wait until each node has said that all went well; raises what one says instead."""
-        deadline = time.monotonic() + DRAIN_S
-        while not all(child.done for child in self._children):
-            self._watch()
-            if time.monotonic() > deadline:
-                late = ", ".join(child.name for child in self._children if not child.done)
-                raise RunError(f"the stream ended, but not node {late}")
-            time.sleep(0.005)
+        while not self._turn():
+            yield from self._drain()
+        yield from self._drain()
+        self._output.end(self._dispatcher.next_in)
+        yield from self._drain()
+        if self._mode == "replay":
+            self._publisher.wait_acknowledged(self._output.frames, STALL_S)
         if self._failure is not None:
             raise self._failure
 
-    def _watch(self) -> None:
-        """Hear what the nodes have to say, and notice those that can say nothing any more."""
-        dead = self._silent_dead()
-        while (part := self._control.receive(0.0)) is not None:
-            event = codec.unpack_wire(part)
-            child = next(child for child in self._children if child.name == event["node"])
-            child.draining |= event["event"] == "draining"
-            child.done |= event["event"] != "draining"
-            if event["event"] == "failed":
-                failure = NodeFailure(event["line"], event["exit_code"])
-                if not child.draining:
-                    self._raise_dead(within_s=CAUSE_S)  # whose death this one may have failed of
-                    raise failure
-                self._failure = failure
-                self._drained_by = min(self._drained_by, time.monotonic() + STALL_S)
-        for child in dead:
-            if not child.done:
-                raise _died(child)
+    def _turn(self) -> bool:
+        """Listen, keep house, hand out and publish once; True when the stream is over."""
+        heard = self._hub.receive(LISTEN_MS)
+        for _ in range(MAX_HEARD):
+            if heard is None:
+                break
+            self._hear(*heard)
+            heard = self._hub.receive(0)
+        if (now := time.monotonic()) >= self._next_housekeeping:
+            if now > self._next_housekeeping + ABSENT_S:
+                self._children.be_patient()
+            self._keep_house(now)
+        self._dispatcher.expire(time.monotonic_ns())
+        for worker, job in self._dispatcher.assign():
+            word = Word("work", job.seq, t_ns=job.t_ingest_ns)
+            self._hub.send(worker, word, job.parts)  # not there: it is dead, and will be buried
+        front = self._children.all[0]
+        if self._started and front.ready and (room := self._dispatcher.grant()):
+            self._hub.send(front.identity, Word("grant", room))
+        self._collect()
+        return self._dispatcher.ended and not len(self._dispatcher)
 
-    def _silent_dead(self) -> list[_Child]:
-        """Nodes that ended without a word."""
-        return [c for c in self._children if not c.done and c.process.exitcode is not None]
+    def _keep_house(self, now: float) -> None:
+        self._next_housekeeping = now + HOUSEKEEPING_S
+        self._children.watch()
+        self._publisher.listen()
+        self._output.beat()
+        if not self._started:
+            self._start_when_ready()
+        if self._stopping:
+            self._drain_by(now)
+        self.telemetry.observe(
+            self._dispatcher, self._children, self._publisher, self._dead_letters
+        )
 
-    def _raise_dead(self, within_s: float) -> None:
-        """Raise if a node is found dead within that time."""
-        deadline = time.monotonic() + within_s
-        while time.monotonic() < deadline:
-            for child in self._silent_dead():
-                raise _died(child)
-            time.sleep(0.005)
+    def _start_when_ready(self) -> None:
+        ready = all(child.ready for child in self._children.all)
+        if ready and self._publisher.subscribers >= self._config.publish.wait_for:
+            self._started = True
+            self._output.start()
 
+    def _drain_by(self, now: float) -> None:
+        """End the source, and, if what is under way takes too long, give that up by name."""
+        front = self._children.all[0]
+        if math.isinf(self._drained_by):
+            self._drained_by = now + DRAIN_S
+            if self._started and front.ready:
+                self._hub.send(front.identity, Word("stop"))
+                return
+        if not (self._started and front.ready) or now > self._drained_by:
+            reason = "not done when the run was told to end"
+            self._dispatcher.lose(self._dispatcher.next_in, self._taken.value, "front", reason)
+            self._dispatcher.give_up_all(reason)
+            self._dispatcher.end(self._dispatcher.next_in)
 
-def _died(child: _Child) -> RunError:
-    code = child.process.exitcode
-    return RunError(f"node {child.name} died (exit code {code}); the run cannot go on")
+    # --- what nodes say --------------------------------------------------------------------
+
+    def _hear(self, identity: bytes, parts: list[Any]) -> None:
+        child = self._children.find(identity)
+        if child is None:
+            return  # a process that is dead, or a stranger
+        child.heard_s = time.monotonic()
+        try:
+            word = read_word(parts[0] if parts else b"", FROM_NODE)
+        except codec.CodecError as error:
+            self._dead_letters.keep(parts, f"from node {child.name}: {error}")
+            return
+        if word.kind == "ready":
+            child.ready = True
+            if child.row > 0:
+                self._dispatcher.ready(identity, child.row)
+            else:
+                self._dispatcher.front_is_new()
+        elif word.kind == "failed":
+            self._failure = NodeFailure(word.text, word.code)
+            if child.row > 0 or not child.ready:
+                raise self._failure
+        elif word.kind == "faulted":
+            child.last_words = word.text
+        elif child.row == 0:
+            self._hear_front(child, word, parts[1:])
+        else:
+            self._hear_worker(identity, word, parts[1:])
+
+    def _hear_front(self, child: Child, word: Word, parts: list[Any]) -> None:
+        if word.kind == "result":
+            self._dispatcher.take(word.seq, word.t_ns, parts)
+        elif word.kind == "lost":
+            self._dispatcher.lose(word.seq, word.end, word.stage, word.text)
+        elif word.kind == "end":
+            child.done = True
+            self._dispatcher.end(word.seq)
+
+    def _hear_worker(self, identity: bytes, word: Word, parts: list[Any]) -> None:
+        if word.kind not in ("result", "lost", "malformed"):
+            return
+        job = self._dispatcher.answer(identity, word.seq)
+        if job is None:
+            return
+        if word.kind == "result":
+            self._dispatcher.forward(job, parts)
+        elif word.kind == "lost":
+            self._dispatcher.give_up(job, word.text, word.stage)
+        else:
+            self._malformed(job, word.text)
+
+    def _malformed(self, job: Job, cause: str) -> None:
+        node = self._config.topology[job.row].name
+        self._dead_letters.keep(job.parts, f"frame {job.seq} at node {node}: {cause}")
+        self._dispatcher.give_up(job, f"malformed message: {cause}"[:200], "transport")
+
+    def _on_gone(self, child: Child) -> None:
+        """A process is dead; frames it alone knew of are lost by name."""
+        if child.row > 0:
+            self._dispatcher.gone(child.identity)
+            return
+        if self._mode == "replay":
+            how = f"exit code {child.process.exitcode}" if child.process else "not started"
+            raise RunError(
+                f"node {child.name} died ({how}); a replay without its source cannot go on"
+            )
+        reason = "the front node died"
+        self._dispatcher.lose(self._dispatcher.next_in, self._taken.value, "front", reason)
+
+    # --- what goes out ---------------------------------------------------------------------
+
+    def _collect(self) -> None:
+        outcomes = self._dispatcher.outcomes
+        while outcomes:
+            outcome = outcomes.popleft()
+            for ready in self._reorder.push(*self._report(outcome)):
+                self._output.put(*ready)
+
+    def _report(self, outcome: Job | Dropped) -> tuple[Any, Trace]:
+        if isinstance(outcome, Dropped):
+            return outcome, Trace(0, {})
+        try:
+            message, trace, _ = codec.decode(outcome.parts)
+            if isinstance(message, Dropped) or message.info.seq != outcome.seq:
+                raise codec.CodecError("not the frame it is said to be")
+        except codec.CodecError as error:
+            self._dead_letters.keep(outcome.parts, f"frame {outcome.seq} at the output: {error}")
+            reason = f"malformed message: {error}"[:200]
+            return Dropped(outcome.seq, "transport", reason), Trace(outcome.t_ingest_ns, {})
+        return message, trace
+
+    def _publish(self, message: dict[str, Any], model: Wire) -> None:
+        # While a subscriber holds a replay back, silence of the nodes is no fault of theirs.
+        self._publisher.publish(message, self._children.be_patient)
+        self.telemetry.count(message)
+        self._waiting.append((message, model))
+
+    def _drain(self) -> Messages:
+        while self._waiting:
+            yield self._waiting.popleft()

@@ -1,38 +1,44 @@
 """The flow as one table: a row a node, in the order frames pass them.
 
-A node is a process that runs its stages by direct call; between two nodes is one ZeroMQ hop.
-`queue` is how many frames may wait at each replica of a node; in replay a full queue holds the
-sender back, live it makes the source shed its oldest frame. `budget_ms` is what the node may
-take for a frame of 16 groups. `refine` goes after `unmix` in the unmix node (configs/refine.yaml);
-`fuse` has its place before `report` in the back node. A stage runs where a configuration names it.
-What a node takes and gives follows from its stages: `flow_types`.
+A node is a process that runs its stages by direct call; the supervisor stands between them and
+hands every frame from row to row. The edge into a node holds `queue` frames for each of its
+replicas; `overflow` says what happens when it is full: `block` holds the sender back,
+`drop-oldest` loses the frame that has waited longest, by name, `fail` ends the run. In replay
+every edge blocks. `budget_ms` is what the node may take for a frame of 16 groups; `cores` are
+those it may run on, None = all. `refine` goes after `unmix` in the unmix node
+(configs/refine.yaml); `fuse` has its place before `report` in the back node. A stage runs where a
+configuration names it. What a node takes and gives follows from its stages: `flow_types`.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pipeline.component import Stage, component
 from pipeline.errors import PipelineError
 from pipeline.messages import Frame, TargetReport
 
+Overflow = Literal["block", "drop-oldest", "fail"]
+
 
 @dataclass(frozen=True)
 class Node:
-    """One row of the table."""
+    """One row of the table, with the edge into it."""
 
     name: str
     stages: tuple[str, ...]
     replicas: int = 1
     queue: int = 4
+    overflow: Overflow = "block"
     budget_ms: float = 2.0
+    cores: tuple[int, ...] | None = None
 
 
 TOPOLOGY = (
-    #    name     stages             replicas  queue  budget_ms    # takes → gives
-    Node("front", ("detect", "crop"), 1, 4, 2.5),  # Frame → Patches
-    Node("unmix", ("unmix",), 1, 2, 5.0),  # Patches → Unmixed
-    Node("back", ("report",), 1, 16, 1.0),  # Unmixed → TargetReport
+    #    name     stages             replicas  queue  overflow  budget_ms       # takes → gives
+    Node("front", ("detect", "crop"), 1, 4, "drop-oldest", 2.5),  # Frame → Patches
+    Node("unmix", ("unmix",), 1, 2, "block", 5.0),  # Patches → Unmixed
+    Node("back", ("report",), 1, 16, "block", 1.0),  # Unmixed → TargetReport
 )
 
 

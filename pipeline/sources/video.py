@@ -1,7 +1,8 @@
 """Frames from a video file: whatever OpenCV decodes, in grey.
 
 Compressed, gain-controlled video is good for detection over real clutter, soak and demo; not for
-sub-pixel or radiometric claims. So every frame carries the flag "compressed".
+sub-pixel or radiometric claims. So its frames carry the flag "compressed"; those of a lossless
+codec do not.
 """
 
 import math
@@ -24,6 +25,7 @@ from pipeline.physics.groups import SIZE_PX
 from pipeline.physics.sensor import Sensor
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # errors are told in our own words
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 SIGMA_PX = 0.75
 """Median of Gaussian fits, integrated over pixels, to the airliner of tests/data in 301 frames of
@@ -39,6 +41,9 @@ SIGMA_ERROR = 0.15
 DEFAULT_FRAME_RATE_HZ = 30.0
 SHORTFALL = 0.01
 """Containers may state the number of frames from duration × rate: off by one, or by 1 %."""
+
+LOSSLESS = {"FFV1", "HFYU", "FFVH", "Y800", "GREY", "Y16 ", "Y1\x00\x10", "ULY0", "ULRG"}
+"""Four-letter codes of codecs that keep every count, and of none."""
 
 _GREY_16 = int.from_bytes(b"Y1\x00\x10", "little")  # FFmpeg's tag of 16-bit little-endian grey
 
@@ -63,7 +68,8 @@ class Video(Source):
         self._config = config
         self._closed = Event()
         capture = self._open()
-        first_HW = _read(capture)
+        first_HW = read_grey(capture)
+        self._flags = () if codec(capture) in LOSSLESS else ("compressed",)
         stated = capture.get(cv2.CAP_PROP_FRAME_COUNT)
         rate_hz = capture.get(cv2.CAP_PROP_FPS)
         capture.release()
@@ -113,7 +119,7 @@ class Video(Source):
         capture = self._open()
         number = 0
         try:
-            while (pixels_HW := _read(capture)) is not None:
+            while (pixels_HW := read_grey(capture)) is not None:
                 yield pixels_HW
                 number += 1
         finally:
@@ -143,7 +149,7 @@ class Video(Source):
             t_exposure_ns=round(seq * 1e9 / self._frame_rate_hz),
             clock="video",
             shape=self.shape,
-            flags=("compressed",),
+            flags=self._flags,
         )
 
     def close(self) -> None:
@@ -151,11 +157,22 @@ class Video(Source):
         self._closed.set()
 
 
-def _read(capture: cv2.VideoCapture) -> NDArray[Any] | None:
+def codec(capture: cv2.VideoCapture) -> str:
+    """The four letters that stand for how the video is coded, as capitals."""
+    letters = int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little")
+    return letters.decode("latin-1").upper()
+
+
+def read_grey(capture: cv2.VideoCapture) -> NDArray[Any] | None:
     """The next frame in grey (H, W), or None at the end."""
     read, pixels = capture.read()
-    if not read:
-        return None
-    if pixels.ndim == 3:
-        pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY)
-    return pixels
+    return grey(pixels) if read else None
+
+
+def grey(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Grey (H, W) of what OpenCV gives: grey already, raw YUYV (H, W, 2), or BGR (H, W, 3)."""
+    if pixels.ndim == 2:
+        return pixels
+    if pixels.shape[2] == 2:
+        return np.ascontiguousarray(pixels[..., 0])
+    return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY))

@@ -1,4 +1,4 @@
-"""Unmixed targets → what is published: significance, a first covariance, counts, flags.
+"""Unmixed targets → what is published: significance, a first covariance, counts, flags, angles.
 
 A covariance that the method states itself, a fit or a network off the grid, is published. Where it
 states none, it is the Cramér-Rao bound of the whole group at the estimate, local background
@@ -6,15 +6,19 @@ unknown, plus the variance of a uniform error over the grid cell, cell²/12 alon
 network that answers in cells knows a position no better than that.
 """
 
+from typing import Self
+
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 from scipy.special import ndtr
 
-from pipeline.component import Settings, Stage
-from pipeline.messages import MAX_COUNT, TargetReport, Unmixed
+from pipeline.component import Context, Settings, Stage
+from pipeline.messages import MAX_COUNT, Angles, FrameInfo, TargetReport, Unmixed
 from pipeline.physics.bounds import cramer_rao, fisher_information
+from pipeline.physics.geometry import Geometry
 from pipeline.physics.grid import cell_variance_px2
+from pipeline.physics.sensor import Sensor
 
 Vector = NDArray[np.float64]
 
@@ -30,6 +34,15 @@ class Report(Stage[Unmixed, TargetReport]):
 
         min_snr: float = Field(4.0, ge=0.0)
         min_p_exist: float = Field(0.5, ge=0.0, le=1.0)
+
+    def __init__(self, config: Config, sensor: Sensor, geometry: Geometry | None = None) -> None:
+        super().__init__(config, sensor)
+        self._geometry = geometry
+
+    @classmethod
+    def build(cls, config: Config, context: Context) -> Self:
+        """Needs the sensor, and its geometry if targets are to have angles."""
+        return cls(config, context.sensor, context.geometry)
 
     def process(self, message: Unmixed) -> TargetReport:
         """All targets of the frame that are significant, with what is known of each."""
@@ -58,7 +71,15 @@ class Report(Stage[Unmixed, TargetReport]):
             count_posterior=_count_posterior(message, group, p_exist),
             joint_px2=_joint(message, keep),
             group_flags=patches.flags,
+            angles=self._angles(message.info, message.xy_px[keep], cov_px2[keep]),
         )
+
+    def _angles(self, info: FrameInfo, xy_px: Vector, cov_px2: Vector) -> Angles | None:
+        if self._geometry is None:
+            return None
+        pose = info.pose
+        boresight = None if pose is None else (pose.az_rad, pose.el_rad, pose.roll_rad)
+        return Angles(*self._geometry.angles(xy_px, cov_px2, boresight))
 
     def _information(self, message: Unmixed) -> tuple[Vector, Vector, Vector]:
         """SNR (M,), covariance (M, 3) px², intensity sigma (M,): groups of one size at a time."""

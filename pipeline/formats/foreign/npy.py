@@ -1,0 +1,18 @@
+"""NPY: one array (T, H, W) or (H, W) of numpy's own format; it has no timestamps."""
+
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import PipelineError
+from pipeline.formats.foreign.footage import Footage, stacked
+
+
+def read(path: Path) -> Footage:
+    """Map the file; raises PipelineError if it is malformed or no array of counts."""
+    try:
+        stack = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        cause = str(error).splitlines()[0] if str(error) else "nothing in it"
+        raise PipelineError(f"{path}: not a whole NPY file ({cause}); write it again") from error
+    return stacked(path, stack)

@@ -1,0 +1,56 @@
+"""A sender's frame numbers into those of a source, so that what was lost on the way is seen."""
+
+from dataclasses import dataclass
+
+MAX_GAP = 1000
+"""A longer jump of the sender's numbers is a new beginning, not so many lost frames."""
+
+RESTARTED = "restarted"
+"""Flag of the first frame after its sender began anew: what was lost between is not known."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A frame's number here, the numbers lost before it, and whether its sender began anew."""
+
+    seq: int
+    lost: range
+    restarted: bool
+
+
+class Numbering:
+    """Counts frames and losses from 0, as the flow wants them.
+
+    Numbers that go back, or ahead by more than MAX_GAP, mean that the sender has begun anew; how
+    much was lost meanwhile is not known. last: the number after which the sender goes on with 1.
+    """
+
+    def __init__(self, last: int | None = None) -> None:
+        self._last = last
+        self._next = 0
+        self._expected: int | None = None
+        self._unnumbered = 0
+
+    def take(self, number: int) -> Step:
+        """The next frame, which has this number at its sender."""
+        missing = 0 if self._expected is None else number - self._expected
+        if missing < 0 and self._last is not None:
+            missing += self._last
+        restarted = not 0 <= missing <= MAX_GAP
+        lost = 0 if restarted else max(missing - self._unnumbered, 0)
+        first = self._next
+        self._next += lost + 1
+        self._unnumbered = 0
+        self._expected = 1 if number == self._last else number + 1
+        return Step(first + lost, range(first, first + lost), restarted)
+
+    def unnumbered(self) -> int:
+        """A frame that was lost and whose number at the sender could not be read: its number."""
+        self._unnumbered += 1
+        self._next += 1
+        return self._next - 1
+
+    def begin_anew(self) -> None:
+        """The sender starts again, with any number."""
+        self._expected = None
+        self._unnumbered = 0

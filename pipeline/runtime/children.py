@@ -1,0 +1,160 @@
+"""The processes of a run: started by spawn, watched, started again with back-off, and ended."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from pipeline.errors import RunError
+from pipeline.runtime.settings import SupervisorSettings
+
+FIRST_DELAY_S, MAX_DELAY_S = 0.25, 30.0
+END_S = 2.0
+log = logging.getLogger(__name__)
+
+
+class BackOff:
+    """How long to wait before the next start: at once, then twice as long each time."""
+
+    def __init__(self, limit: int, within_s: float) -> None:
+        self._limit, self._within_s = limit, within_s
+        self._deaths: deque[float] = deque()
+
+    def delay_s(self, now_s: float) -> float | None:
+        """After a death now; None if there were more than the limit in the time."""
+        while self._deaths and self._deaths[0] < now_s - self._within_s:
+            self._deaths.popleft()
+        self._deaths.append(now_s)
+        count = len(self._deaths)
+        if count > self._limit:
+            return None
+        return 0.0 if count == 1 else min(FIRST_DELAY_S * 2.0 ** (count - 2), MAX_DELAY_S)
+
+
+@dataclass
+class Child:
+    """One replica of a node, through all its processes."""
+
+    name: str
+    row: int
+    task: Any
+    back_off: BackOff
+    process: BaseProcess | None = None
+    number: int = 0  # of its process
+    ready: bool = False
+    done: bool = False  # it was told to end, or said it has nothing more
+    heard_s: float = 0.0
+    start_at_s: float | None = 0.0  # when to start the next process; None: it runs
+    last_words: str = ""
+
+    @property
+    def identity(self) -> bytes:
+        """What its present process connects with; no two processes ever have the same."""
+        return f"{self.name}#{self.number}".encode()
+
+
+@dataclass
+class Children:
+    """All nodes. `entry(task)` is what a process runs; `on_gone(child)` hears of each death."""
+
+    entry: Callable[..., None]
+    settings: SupervisorSettings
+    on_gone: Callable[[Child], None]
+    all: list[Child] = field(default_factory=list)
+    restarts: int = 0
+
+    def __post_init__(self) -> None:
+        self._spawn = multiprocessing.get_context("spawn")
+        resource_tracker.ensure_running()  # which would unblock the signals of the first start
+
+    def add(self, name: str, row: int, task: Any) -> None:
+        """A node to be started by `watch`."""
+        back_off = BackOff(self.settings.restarts, self.settings.within_s)
+        self.all.append(Child(name, row, task, back_off))
+
+    def find(self, identity: bytes) -> Child | None:
+        """The child whose present process this is."""
+        return next((child for child in self.all if child.identity == identity), None)
+
+    def watch(self) -> None:
+        """Start what is due; notice the dead and the stalled.
+
+        Raises RunError for a node that died more often than allowed.
+        """
+        now_s = time.monotonic()
+        for child in self.all:
+            if child.start_at_s is not None:
+                if now_s >= child.start_at_s and not child.done:
+                    self._start(child, now_s)
+                continue
+            process = child.process
+            if process is None or child.done:
+                continue
+            if process.exitcode is not None:
+                self._bury(child, now_s, f"died (exit code {process.exitcode})")
+            elif now_s - child.heard_s > self._patience_s(child):
+                process.kill()  # also ends a stopped process
+                process.join(END_S)
+                self._bury(child, now_s, f"was silent for {self._patience_s(child):g} s")
+
+    def _patience_s(self, child: Child) -> float:
+        return self.settings.stall_s if child.ready else self.settings.start_s
+
+    def be_patient(self) -> None:
+        """Count silence anew: it was this process that did not listen."""
+        now_s = time.monotonic()
+        for child in self.all:
+            child.heard_s = now_s
+
+    def _start(self, child: Child, now_s: float) -> None:
+        """Start with signals blocked: a Ctrl-C goes to all, but is the supervisor's to act on.
+
+        The node inherits the mask; a signal that comes to us meanwhile waits until it is started.
+        """
+        child.number += 1
+        child.ready, child.heard_s, child.start_at_s, child.last_words = False, now_s, None, ""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            child.process = self._spawn.Process(
+                target=self.entry,
+                args=(replace(child.task, identity=child.identity, supervisor_pid=os.getpid()),),
+                name=child.name,
+                daemon=True,
+            )
+            child.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _bury(self, child: Child, now_s: float, how: str) -> None:
+        delay_s = child.back_off.delay_s(now_s)
+        self.on_gone(child)
+        cause = f": {child.last_words}" if child.last_words else ""
+        if delay_s is None:
+            allowed = f"{self.settings.restarts} restarts in {self.settings.within_s:g} s"
+            raise RunError(f"node {child.name} {how}{cause}; {allowed} are allowed")
+        log.warning("node %s %s%s; restarting in %.2g s", child.name, how, cause, delay_s)
+        self.restarts += 1
+        child.start_at_s = now_s + delay_s
+
+    def join(self, timeout_s: float) -> None:
+        """Give the processes time to end by themselves."""
+        deadline = time.monotonic() + timeout_s
+        for child in self.all:
+            if child.process is not None:
+                child.process.join(max(0.0, deadline - time.monotonic()))
+
+    def kill(self) -> None:
+        """End what still runs."""
+        for child in self.all:
+            if child.process is not None:
+                child.process.kill()
+        for child in self.all:
+            if child.process is not None:
+                child.process.join()

@@ -1,0 +1,134 @@
+"""Figures of a run for Prometheus: base units, names ending in their unit or `_total`.
+
+All of them are known to the supervisor, so one endpoint on one process tells everything.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
+
+from pipeline.transport.sockets import AddressInUse
+
+if TYPE_CHECKING:
+    from pipeline.runtime.children import Children
+    from pipeline.runtime.dead_letters import DeadLetters
+    from pipeline.runtime.dispatch import Dispatcher
+    from pipeline.transport.publish import Publisher
+
+SECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.0)
+PROCESS_EVERY_S = 1.0
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+class Telemetry:
+    """A registry of its own, so that two runs in one process keep apart."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        given: dict[str, Any] = {"namespace": "irst", "registry": self.registry}
+        self._frames = Counter(
+            "frames", "Frames by what became of them", ["outcome", "stage"], **given
+        )
+        self._targets = Counter("targets", "Targets published", **given)
+        self._stage = Histogram(
+            "stage_seconds", "Time in a stage or on a hop, with waiting", ["stage"],
+            buckets=SECONDS, **given,
+        )  # fmt: skip
+        self._age = Histogram(
+            "publish_age_seconds", "From ingest to publish", buckets=SECONDS, **given
+        )
+        self._last = Gauge(
+            "last_publish_timestamp_seconds", "When targets were last published, UTC", **given
+        )
+        self._queue = Gauge("queue_frames", "Frames waiting for a node", ["node"], **given)
+        self._held = Gauge("held_frames", "Frames a node's workers hold", ["node"], **given)
+        self._subscribers = Gauge("subscribers", "Subscribers connected", **given)
+        self._ready = Gauge("node_ready", "1 if the process is ready", ["node"], **given)
+        self._memory = Gauge("node_memory_bytes", "Resident memory", ["node"], **given)
+        self._descriptors = Gauge("node_descriptors", "Open file descriptors", ["node"], **given)
+        self._restarts = Counter("restarts", "Processes started anew", **given)
+        self._malformed = Counter("malformed_messages", "Kept as dead letters", **given)
+        self._held_back = Counter(
+            "subscriber_overflows", "Messages some slow subscriber went without", **given
+        )
+        self._build = Info("run", "Engine and configuration", **given)
+        self._described: tuple[str, str] | None = None
+        self._processes_at = 0.0
+        self._totals = (0, 0, 0)
+
+    @contextmanager
+    def served(self, endpoint: str | None) -> Iterator[None]:
+        """Answer at ADDRESS:PORT as long as the block lasts; not at all without an endpoint."""
+        if endpoint is None:
+            yield
+            return
+        address, port = endpoint.rsplit(":", 1)
+        try:
+            server, thread = start_http_server(int(port), address, self.registry)
+        except OSError as error:
+            raise AddressInUse(
+                f"telemetry.metrics {endpoint}: cannot listen there ({error.strerror}); "
+                "choose another port"
+            ) from error
+        try:
+            yield
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+    def count(self, message: dict[str, Any]) -> None:
+        """Take in a message that was published."""
+        if message["schema"] == "irst.gap/1":
+            self._frames.labels("dropped", message["stage"]).inc()
+        elif message["schema"] == "irst.targets/1":
+            self._frames.labels("published", "").inc()
+            self._targets.inc(len(message["targets"]["id"]))
+            self._age.observe(message["age_ns"] / 1e9)
+            self._last.set(time.time())
+            for stage, ns in message["stage_ns"].items():
+                self._stage.labels(stage).observe(ns / 1e9)
+            if self._described != (described := (message["engine"], message["config"])):
+                self._described = described
+                self._build.info({"engine": message["engine"], "config": message["config"]})
+
+    def observe(
+        self,
+        dispatcher: "Dispatcher",
+        children: "Children",
+        publisher: "Publisher",
+        dead_letters: "DeadLetters",
+    ) -> None:
+        """Take in how things stand."""
+        for node, (waiting, held) in dispatcher.depths().items():
+            self._queue.labels(node).set(waiting)
+            self._held.labels(node).set(held)
+        self._subscribers.set(publisher.subscribers)
+        totals = (children.restarts, dead_letters.count, publisher.held_back)
+        counters = (self._restarts, self._malformed, self._held_back)
+        for counter, total, before in zip(counters, totals, self._totals, strict=True):
+            counter.inc(total - before)
+        self._totals = totals
+        if (now := time.monotonic()) < self._processes_at:
+            return
+        self._processes_at = now + PROCESS_EVERY_S
+        processes = [(child.name, child.ready, child.process) for child in children.all]
+        for name, ready, process in processes:
+            self._ready.labels(name).set(ready)
+            if process is not None and process.pid is not None:
+                self._observe_process(name, f"/proc/{process.pid}")
+        self._observe_process("supervisor", "/proc/self")
+
+    def _observe_process(self, name: str, folder: str) -> None:
+        try:
+            pages = int(Path(folder, "statm").read_text().split()[1])
+            descriptors = sum(1 for _ in Path(folder, "fd").iterdir())
+        except (OSError, IndexError):
+            return  # it has just ended
+        self._memory.labels(name).set(pages * PAGE_BYTES)
+        self._descriptors.labels(name).set(descriptors)

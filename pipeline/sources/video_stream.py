@@ -1,0 +1,136 @@
+"""Frames of a live video: a stream by its address, or a camera of the system (V4L2).
+
+A camera that gives 16-bit grey (Y16) is taken at that; what is coded with losses, by the sender or
+in the camera, carries the flag "compressed", as files do.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from threading import Event
+from typing import Any, Self
+
+import cv2
+import numpy as np
+from pydantic import Field
+
+from pipeline.component import Settings, Source, configured_sensor
+from pipeline.errors import PipelineError
+from pipeline.messages import Dropped, Frame, FrameInfo
+from pipeline.numbering import RESTARTED
+from pipeline.physics.groups import SIZE_PX
+from pipeline.physics.sensor import Sensor
+from pipeline.sources.video import LOSSLESS, READ_NOISE, SIGMA_PX, codec, read_grey
+
+Y16 = cv2.VideoWriter.fourcc(*"Y16 ")
+RAW = LOSSLESS | {"YUYV", "UYVY", "NV12", "YU12", "BGR3", "RGB3"}
+RETRY_S = 0.5
+
+
+class VideoStream(Source):
+    """Stamped with the time of day when they arrive, as video tells no other.
+
+    When the stream breaks off, one frame is lost with the reason and it is opened again until it
+    is back; the first frame then is flagged "restarted".
+    """
+
+    class Config(Settings):
+        """Where it comes from, and what to ask a camera for."""
+
+        address: str = Field(
+            min_length=1, description="rtsp://…, http://…, udp://…, or a camera: /dev/video0"
+        )
+        width: int | None = Field(None, ge=SIZE_PX, le=16384, description="of a camera")
+        height: int | None = Field(None, ge=SIZE_PX, le=16384)
+        frame_rate_hz: float | None = Field(None, gt=0.0)
+        timeout_s: float = Field(5.0, gt=0.0, le=600.0, description="of a stream that is silent")
+        reconnect: bool = Field(True, description="false: the end of the stream ends the run")
+
+    def __init__(
+        self, config: Config, sensor: dict[str, Any], utc_ns: Callable[[], int] = time.time_ns
+    ) -> None:
+        self._config, self._utc_ns = config, utc_ns
+        self._closed = Event()
+        capture = self._open()
+        first_HW = None if capture is None else read_grey(capture)
+        if capture is None or first_HW is None:
+            raise PipelineError(
+                f"{config.address}: no video comes from there; check the address and the sender"
+            )
+        self._flags = () if codec(capture) in RAW else ("compressed",)
+        capture.release()
+        if min(first_HW.shape) < SIZE_PX:
+            raise PipelineError(
+                f"{config.address}: frames are {first_HW.shape[1]}×{first_HW.shape[0]} px, smaller "
+                f"than the {SIZE_PX}×{SIZE_PX} window targets are unmixed in"
+            )
+        own = Sensor(
+            id="video",
+            sigma_px=SIGMA_PX,
+            full_scale=int(np.iinfo(first_HW.dtype).max),
+            read_noise=READ_NOISE,
+        )
+        self.sensor = configured_sensor(own, sensor, config.address)
+        self.shape = (first_HW.shape[0], first_HW.shape[1])
+
+    @classmethod
+    def build(cls, config: Config, sensor: dict[str, Any]) -> Self:
+        """Open the stream and look at a frame; raises PipelineError if none comes."""
+        return cls(config, sensor)
+
+    def _open(self) -> cv2.VideoCapture | None:
+        address, timeout_ms = self._config.address, round(1000 * self._config.timeout_s)
+        if not address.startswith("/dev/"):
+            limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, timeout_ms]
+            limits += [cv2.CAP_PROP_READ_TIMEOUT_MSEC, timeout_ms]
+            capture = cv2.VideoCapture(address, cv2.CAP_FFMPEG, limits)
+        else:
+            capture = cv2.VideoCapture(address, cv2.CAP_V4L2)
+            self._ask(capture)
+        return capture if capture.isOpened() else None
+
+    def _ask(self, camera: cv2.VideoCapture) -> None:
+        """Set up a camera: 16-bit grey where the driver has it, else as OpenCV converts it."""
+        config = self._config
+        wanted = {
+            cv2.CAP_PROP_FOURCC: Y16,
+            cv2.CAP_PROP_FRAME_WIDTH: config.width,
+            cv2.CAP_PROP_FRAME_HEIGHT: config.height,
+            cv2.CAP_PROP_FPS: config.frame_rate_hz,
+        }
+        for name, value in wanted.items():
+            if value is not None:
+                camera.set(name, value)
+        if int(camera.get(cv2.CAP_PROP_FOURCC)) == Y16:
+            camera.set(cv2.CAP_PROP_CONVERT_RGB, 0)
+
+    def frames(self) -> Iterator[Frame | Dropped]:
+        """What comes, without end unless `reconnect` is off."""
+        seq, flags = 0, self._flags
+        while not self._closed.is_set():
+            capture = self._open()
+            before = seq
+            while capture is not None and (pixels_HW := read_grey(capture)) is not None:
+                if self._closed.is_set():
+                    break
+                if pixels_HW.shape != self.shape:
+                    reason = f"{pixels_HW.shape[1]}×{pixels_HW.shape[0]}, not as it began"
+                    yield Dropped(seq, "source", f"video: {reason}")
+                else:
+                    yield Frame(self._info(seq, flags), pixels_HW)
+                    flags = self._flags
+                seq += 1
+            if capture is not None:
+                capture.release()
+            if not self._config.reconnect:
+                return
+            if seq > before and not self._closed.is_set():
+                yield Dropped(seq, "source", "video: the stream broke off; waiting for it")
+                seq, flags = seq + 1, (*self._flags, RESTARTED)
+            self._closed.wait(RETRY_S)
+
+    def _info(self, seq: int, flags: tuple[str, ...]) -> FrameInfo:
+        return FrameInfo(seq, self.sensor.id, self._utc_ns(), "utc", self.shape, flags)
+
+    def close(self) -> None:
+        """End `frames` at its next frame, or when the stream's silence does."""
+        self._closed.set()

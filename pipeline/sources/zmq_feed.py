@@ -1,0 +1,104 @@
+"""Frames that any program pushes over ZeroMQ, as messages `irst.frame/1` (docs/sources.md)."""
+
+import re
+from collections.abc import Iterator
+from threading import Event
+from typing import Any, Literal, Self
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from pipeline.component import FedSource, Settings, configured_sensor
+from pipeline.messages import BadMessage, Dropped, Frame, FrameInfo, SentFrame
+from pipeline.numbering import RESTARTED, Numbering
+from pipeline.physics.groups import SIZE_PX
+from pipeline.physics.sensor import Sensor
+
+LOCAL = r"ipc://[^@\0][^\0]*|tcp://(127(\.[0-9]{1,3}){3}|localhost):[0-9]{1,5}"
+WAIT_S = 0.1
+
+
+class ZmqFeed(FedSource):
+    """Listens at an endpoint on this machine; senders connect and push.
+
+    Numbers missing in the sender's sequence become lost frames, and so does a message that is no
+    frame of this feed, with its reason.
+    """
+
+    class Config(Settings):
+        """Where to listen, and what the frames are."""
+
+        endpoint: str
+        width: int = Field(ge=SIZE_PX, le=16384)
+        height: int = Field(ge=SIZE_PX, le=16384)
+        dtype: Literal["uint8", "uint16"] = "uint16"
+
+        @field_validator("endpoint")
+        @classmethod
+        def _local(cls, endpoint: str) -> str:
+            if not re.fullmatch(LOCAL, endpoint):
+                raise ValueError(
+                    "must be ipc://PATH or tcp://127.0.0.1:PORT: strangers cannot send frames"
+                )
+            return endpoint
+
+    def __init__(self, config: Config, sensor: dict[str, Any]) -> None:
+        own = Sensor(id="feed", full_scale=int(np.iinfo(config.dtype).max))
+        self.sensor = configured_sensor(own, sensor, "source zmq_feed")
+        self.shape = (config.height, config.width)
+        self._config = config
+        self._closed = Event()
+
+    @classmethod
+    def build(cls, config: Config, sensor: dict[str, Any]) -> Self:
+        """Make the source; it listens when its frames are asked for."""
+        return cls(config, sensor)
+
+    def frames(self) -> Iterator[Frame | Dropped]:
+        """What comes, without end; raises PipelineError if nobody can listen at the endpoint."""
+        inbox = self.listen(self._config.endpoint)
+        numbering = Numbering()
+        try:
+            while not self._closed.is_set():
+                sent = inbox.receive(WAIT_S)
+                if sent is not None:
+                    yield from self._numbered(sent, numbering)
+        finally:
+            inbox.close()
+
+    def _numbered(
+        self, sent: SentFrame | BadMessage, numbering: Numbering
+    ) -> Iterator[Frame | Dropped]:
+        """A frame as one of ours, after the losses before it."""
+        fault = sent.reason if isinstance(sent, BadMessage) else self._misfit(sent)
+        if sent.seq is None:
+            yield Dropped(numbering.unnumbered(), "source", f"feed: {fault}")
+            return
+        step = numbering.take(sent.seq)
+        for seq in step.lost:
+            yield Dropped(seq, "source", "feed: missing in the sender's numbers")
+        if isinstance(sent, BadMessage) or fault:
+            yield Dropped(step.seq, "source", f"feed: {fault}")
+            return
+        info = FrameInfo(
+            seq=step.seq,
+            sensor_id=self.sensor.id,
+            t_exposure_ns=sent.t_exposure_ns,
+            clock=sent.clock,
+            shape=self.shape,
+            flags=sent.flags + (RESTARTED,) * step.restarted,
+            pose=sent.pose,
+        )
+        yield Frame(info, sent.pixels_HW)
+
+    def _misfit(self, sent: SentFrame) -> str:
+        """What a frame is instead of one of this feed; empty if it is one."""
+        found, wanted = sent.pixels_HW.dtype.name, self._config.dtype
+        if sent.pixels_HW.shape == self.shape and found == wanted:
+            return ""
+        height, width = sent.pixels_HW.shape
+        return f"{width}×{height} {found}, not {self.shape[1]}×{self.shape[0]} {wanted}"
+
+    def close(self) -> None:
+        """End `frames` within a tenth of a second."""
+        self._closed.set()

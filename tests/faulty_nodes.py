@@ -1,0 +1,76 @@
+"""Nodes with faults, run in place of `run_node`; here so that a spawned process can import them."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+
+from pipeline.runtime import node
+from pipeline.runtime.flow import Flow
+
+FRAME = 3
+
+
+def corrupting(task):
+    """The unmix node sends parts of a message that make none, and a word that is none."""
+    whole = node._send
+
+    def send(socket, message, trace):
+        if task.node.name == "unmix" and message.info.seq == FRAME:
+            socket._socket.send(b"no word at all")
+            socket.send(node.Word("result", FRAME), [b"no header", b"no array"])
+        else:
+            whole(socket, message, trace)
+
+    node._send = send
+    node.run_node(task)
+
+
+def dying(task):
+    """The unmix node dies on one frame, whenever it meets it."""
+    whole = Flow.process
+
+    def process(self, message, trace):
+        if task.node.name == "unmix" and message.info.seq == FRAME:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(self, message, trace)
+
+    Flow.process = process
+    node.run_node(task)
+
+
+def dying_once(task):
+    """The first unmix node dies in the middle of its work; those after it do not."""
+    (dying if task.identity.endswith(b"#1") else node.run_node)(task)
+
+
+def hanging_once(task):
+    """The first unmix node stops answering, and says that it is alive no more."""
+    whole = Flow.process
+
+    def process(self, message, trace):
+        if task.node.name == "unmix" and message.info.seq == FRAME:
+            time.sleep(600)
+        return whole(self, message, trace)
+
+    if task.identity.endswith(b"#1"):
+        Flow.process = process
+    node.run_node(task)
+
+
+def lying(task):
+    """The unmix node answers with the number of another frame inside."""
+    whole = node._send
+
+    def send(socket, message, trace):
+        if task.node.name == "unmix" and message.info.seq == FRAME:
+            patches = message.patches
+            info = replace(patches.info, seq=FRAME + 1)
+            other = replace(message, patches=replace(patches, info=info))
+            parts = node._encoded(other, trace)
+            socket.send(node.Word("result", FRAME), parts)
+        else:
+            whole(socket, message, trace)
+
+    node._send = send
+    node.run_node(task)

@@ -1,0 +1,175 @@
+"""Any bytes at the doors: an answer or one named error; no crash, no hang, no growth.
+
+FUZZ_EXAMPLES=100000 pytest tests/test_fuzz.py --timeout 0    is the long run.
+"""
+
+import contextlib
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import msgpack
+import pytest
+from conftest import write_scene
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_codec import SENT
+
+from engines.errors import EngineError
+from engines.loader import MODELS
+from engines.manifest import read_manifest
+from pipeline.config import load_config
+from pipeline.errors import PipelineError
+from pipeline.formats.csist import read_csist, write_csist
+from pipeline.formats.recording import open_recording
+from pipeline.messages import check_wire
+from pipeline.physics.groups import PROFILES
+from pipeline.runtime.dead_letters import DeadLetters, read_letter
+from pipeline.runtime.settings import DeadLetterSettings
+from pipeline.transport.codec import CodecError, decode, unpack_wire
+from pipeline.transport.hub import FROM_NODE, Word, read_word
+from pipeline.transport.security import ClientKeys, make_keys
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
+GROWTH_BYTES = 100 << 20
+fuzzed = settings(
+    max_examples=EXAMPLES,
+    deadline=5000,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+CHANGES = st.lists(
+    st.tuples(
+        st.sampled_from(["set", "insert", "delete", "cut", "double"]),
+        st.floats(0.0, 1.0),
+        st.binary(min_size=1, max_size=6),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def changed(data: bytes, changes) -> bytes:
+    """The bytes after changes at places given as shares of their length."""
+    for kind, share, new in changes:
+        place = round(share * len(data))
+        if kind == "set":
+            data = data[:place] + new + data[place + len(new) :]
+        elif kind == "insert":
+            data = data[:place] + new + data[place:]
+        elif kind == "delete":
+            data = data[:place] + data[place + len(new) :]
+        elif kind == "cut":
+            data = data[:place]
+        else:
+            data = data + data[place:]
+    return data
+
+
+@pytest.fixture(autouse=True)
+def no_growth():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert grown < GROWTH_BYTES
+
+
+@fuzzed
+@given(st.sampled_from(SENT), st.integers(0, 9), CHANGES)
+def test_messages_between_nodes(parts, which, changes):
+    parts = [bytes(part) for part in parts]
+    which %= len(parts)
+    parts[which] = changed(parts[which], changes)
+    try:
+        message, trace, sent_ns = decode(parts)
+    except CodecError:
+        return
+    assert isinstance(trace.t_ingest_ns, int) and isinstance(sent_ns, int)
+    assert type(message).__name__ in ("Patches", "Unmixed", "Dropped")
+
+
+@fuzzed
+@given(st.sampled_from([Word("result", 7, t_ns=5), Word("lost", 1, 9, 0, "a", "b")]), CHANGES)
+def test_words_of_nodes(word, changes):
+    try:
+        assert read_word(changed(word.pack(), changes), FROM_NODE).kind in FROM_NODE
+    except CodecError:
+        return
+
+
+GAP = {
+    "schema": "irst.gap/1",
+    "sensor_id": "roof",
+    "frame_seq": 3,
+    "stage": "crop",
+    "reason": "odd",
+}
+
+
+@fuzzed
+@given(CHANGES)
+def test_messages_to_subscribers(changes):
+    try:
+        check_wire(unpack_wire(changed(msgpack.packb(GAP), changes)))
+    except (CodecError, ValueError):
+        return
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A good file of every kind that is read, and how."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    write_scene(folder / "scene.zarr", 2, width=48, height=32, singles=1, groups=0, horizon=1.0)
+    write_csist(folder / "csist.zarr", PROFILES["csist-100k"], 4, 1)
+    (folder / "config.yaml").write_text(
+        "source: {kind: synthetic, rate_hz: 10}\ntopology: {unmix: {replicas: 2, queue: 3}}\n"
+        "publish: {endpoint: 'tcp://127.0.0.1:5556', queue: 7}\n"
+    )
+    for suffix in (".json", ".onnx"):
+        shutil.copy(MODELS / f"dista_net_field{suffix}", folder)
+    letters = DeadLetters(DeadLetterSettings(folder=folder / "letters"), "cafe")
+    letters.keep([b"x" * 20], "odd")
+    make_keys(folder / "keys", "tracker")
+    return folder
+
+
+def read_recording(path: Path) -> None:
+    recording = open_recording(path)
+    for index in range(len(recording)):
+        recording.frame(index)
+
+
+READERS = {
+    "scene.zarr/**/*": read_recording,
+    "csist.zarr/**/*": read_csist,
+    "config.yaml": load_config,
+    "dista_net_field.json": read_manifest,
+    "letters/*": read_letter,
+    "keys/tracker/client.key_secret": lambda path: ClientKeys.load(path.parent),
+}
+
+
+@pytest.mark.parametrize("pattern", READERS)
+def test_files(files, pattern):
+    read, top = READERS[pattern], pattern.split("/**")[0]
+    paths = sorted(path for path in files.glob(pattern) if path.is_file())
+    whole = {path: path.read_bytes() for path in paths}
+
+    @fuzzed
+    @given(st.sampled_from(paths), CHANGES)
+    def fuzz(path, changes):
+        path.write_bytes(changed(whole[path], changes))
+        try:
+            with contextlib.suppress(PipelineError, EngineError):
+                read(files / top if "**" in pattern else path)
+        finally:
+            path.write_bytes(whole[path])
+
+    assert paths
+    fuzz()
+
+
+def test_changes_change():
+    assert changed(b"abcdef", [("set", 0.5, b"X")]) == b"abcXef"
+    assert changed(b"abcdef", [("cut", 0.5, b"X"), ("double", 0.0, b"X")]) == b"abcabc"

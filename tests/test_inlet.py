@@ -1,0 +1,149 @@
+"""The edge from the source: what is shed is named, in order, and nothing is held back by it."""
+
+import os
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pipeline.component import Source
+from pipeline.messages import Dropped, Frame, FrameInfo
+from pipeline.runtime.inlet import Inlet, Overrun, Shed, Taken
+
+
+class Quick(Source):
+    """Gives its frames at once, then ends, or fails."""
+
+    def __init__(self, frames=10, failure=None):
+        self._frames, self._failure = frames, failure
+        self.given = threading.Event()
+
+    @classmethod
+    def build(cls, config, sensor):
+        return cls()
+
+    def frames(self):
+        for seq in range(self._frames):
+            yield Frame(FrameInfo(seq, "s", 0, "utc", (1, 1)), np.zeros((1, 1), np.uint8))
+        self.given.set()
+        if self._failure:
+            raise self._failure
+
+
+@pytest.fixture
+def wake():
+    descriptor = os.eventfd(0, os.EFD_NONBLOCK)
+    yield descriptor
+    os.close(descriptor)
+
+
+def make(source, wake, queue=3, overflow="drop-oldest", max_age_ns=None, taken=0):
+    counter = SimpleNamespace(value=taken)
+    inlet = Inlet(source, queue, overflow=overflow, max_age_ns=max_age_ns, taken=counter, wake=wake)
+    inlet.open()
+    return inlet, counter
+
+
+def everything(inlet):
+    items = []
+    deadline = time.monotonic() + 20
+    while not inlet.ended:
+        assert time.monotonic() < deadline
+        if (item := inlet.take(granted=True)) is not None:
+            items.append(item)
+    return items
+
+
+def test_the_oldest_are_shed_as_one_range_and_the_newest_kept(wake):
+    source = Quick(1000)
+    inlet, counter = make(source, wake)
+    assert source.given.wait(20)
+    items = everything(inlet)
+    assert items[0] == Shed(0, 997, "overload: oldest frame shed")
+    assert [item.frame.info.seq for item in items[1:]] == [997, 998, 999]
+    assert counter.value == 1000
+
+
+def test_a_source_that_is_held_back_loses_nothing(wake):
+    inlet, _ = make(Quick(200), wake, overflow="block")
+    assert [item.frame.info.seq for item in everything(inlet)] == list(range(200))
+
+
+def test_losses_are_told_while_no_frame_may_be_sent(wake):
+    source = Quick()
+    inlet, _ = make(source, wake)
+    assert source.given.wait(20)
+    assert isinstance(inlet.take(granted=False), Shed)
+    assert inlet.take(granted=False) is None
+    assert isinstance(inlet.take(granted=True), Taken)
+
+
+def test_frames_that_have_waited_too_long_are_shed(wake):
+    source = Quick(2)
+    inlet, _ = make(source, wake, max_age_ns=1_000_000)
+    assert source.given.wait(20)
+    time.sleep(0.01)
+    assert inlet.take(granted=True) == Shed(0, 2, "older than 1 ms")
+
+
+def test_numbers_go_on_where_a_front_before_this_one_left_off(wake):
+    inlet, counter = make(Quick(3), wake, overflow="block", taken=40)
+    assert [item.frame.info.seq for item in everything(inlet)] == [40, 41, 42]
+    assert counter.value == 43
+
+
+def test_a_run_that_must_not_shed_fails_instead(wake):
+    inlet, _ = make(Quick(), wake, overflow="fail")
+    deadline = time.monotonic() + 20
+    while inlet.failure is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert [item.frame.info.seq for item in everything(inlet)] == [0, 1, 2]
+    assert isinstance(inlet.failure, Overrun)
+
+
+def test_a_source_that_fails_gives_its_frames_first(wake):
+    inlet, _ = make(Quick(3, ValueError("unplugged")), wake)
+    assert [item.frame.info.seq for item in everything(inlet)] == [0, 1, 2]
+    assert str(inlet.failure) == "unplugged"
+
+
+def test_a_stopped_inlet_ends_though_its_source_does_not(wake):
+    class Endless(Quick):
+        def frames(self):
+            yield from super().frames()
+            threading.Event().wait(60)
+
+    inlet, _ = make(Endless(2), wake)
+    time.sleep(0.2)
+    inlet.stop()
+    assert len(everything(inlet)) == 2
+
+
+class Gapped(Quick):
+    """Knows that every third of its frames was lost."""
+
+    def frames(self):
+        for frame in super().frames():
+            seq = frame.info.seq
+            yield Dropped(seq, "source", "feed: missing") if seq % 3 == 1 else frame
+
+
+@pytest.mark.parametrize("overflow", ["block", "drop-oldest"])
+def test_what_the_source_lost_keeps_its_place_and_reason(wake, overflow):
+    source = Gapped(9)
+    inlet, counter = make(source, wake, queue=3, overflow=overflow, taken=40)
+    if overflow == "drop-oldest":
+        assert source.given.wait(20)
+    items = everything(inlet)
+    told = [(i.first, i.end, i.reason) if isinstance(i, Shed) else i.frame.info.seq for i in items]
+    shed, missing = "overload: oldest frame shed", "feed: missing"
+    late = [46, (47, 48, missing), 48]
+    if overflow == "block":
+        assert told == [40, (41, 42, missing), 42, 43, (44, 45, missing), 45, *late]
+    else:
+        losses = [(40, 41, shed), (41, 42, missing), (42, 44, shed), (44, 45, missing)]
+        assert told == [*losses, (45, 46, shed), *late]
+    assert counter.value == 49
