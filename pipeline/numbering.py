@@ -22,7 +22,8 @@ class Numbering:
     """Counts frames and losses from 0, as the flow wants them.
 
     Numbers that go back, or ahead by more than MAX_GAP, mean that the sender has begun anew; how
-    much was lost meanwhile is not known. last: the number after which the sender goes on with 1.
+    much was lost meanwhile is not known. last: the number after which a sender may go on with 1 (or
+    with the next: newer ones count further).
     """
 
     def __init__(self, last: int | None = None) -> None:
@@ -34,8 +35,8 @@ class Numbering:
     def take(self, number: int) -> Step:
         """The next frame, which has this number at its sender."""
         missing = 0 if self._expected is None else number - self._expected
-        if missing < 0 and self._last is not None:
-            missing += self._last
+        if self._last is not None:
+            missing %= self._last
         restarted = not 0 <= missing <= MAX_GAP
         lost = 0 if restarted else max(missing - self._unnumbered, 0)
         first = self._next

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 from pipeline.component import component
 from pipeline.config import load_config
@@ -17,6 +17,7 @@ from pipeline.messages import (
     Patches,
     Pose,
     TargetsMessage,
+    Trace,
     Unmixed,
     check_wire,
     targets_message,
@@ -25,6 +26,7 @@ from pipeline.physics.geometry import Geometry
 from pipeline.physics.sensor import Sensor
 from pipeline.runtime.flow import build_flow
 from pipeline.sensing import GeometrySettings, SensorSettings, camera, stage_context
+from pipeline.transport import codec
 
 LENS = (-0.21, 0.07, 0.0008, -0.0005, -0.01)
 WIDE = Geometry(800.0, 810.0, 322.0, 250.5, LENS, (1.2, 0.3, 0.1))
@@ -207,6 +209,21 @@ def test_the_pose_of_a_frame_goes_before_the_configured_boresight():
     still, moved = published(settings), published(settings, Pose(1.7, 0.0, 0.0))
     step = np.subtract(moved["targets"]["az_rad"], still["targets"]["az_rad"])
     assert_allclose(step, 1.0, atol=1e-12)
+
+
+def test_pose_and_angles_travel_between_nodes():
+    pose = Pose(0.3, -0.1, 0.02)
+    parts = codec.encode(unmixed(pose), Trace(0, {}), 0)
+    message, _, _ = codec.decode([bytes(parts[0]), *parts[1:]])
+    assert message.info.pose == pose
+    stage = component("stage", "report")
+    settings = SensorSettings(geometry=GeometrySettings(fx_px=2000.0))
+    context = stage_context(settings, Sensor(read_noise=5.0), (512, 640), "default")
+    report = stage.build(stage.Config(), context).process(message)
+    parts = codec.encode(report, Trace(0, {}), 0)
+    again, _, _ = codec.decode([bytes(parts[0]), *parts[1:]])
+    for name in ("az_rad", "el_rad", "cov_rad2"):
+        assert_array_equal(getattr(again.angles, name), getattr(report.angles, name))
 
 
 def test_without_geometry_there_are_no_angles():

@@ -148,8 +148,8 @@ def test_frames_are_all_there_across_the_end_of_the_cameras_numbers():
         found = take(source, 30.0, until=lambda item: numbers([item])[0] >= 260)
         source.close()
     assert numbers(found) == list(range(261))
-    lost = [item for item in found if isinstance(item, Dropped)]
-    assert not [item for item in lost if "numbers" not in item.reason], lost
+    reasons = {item.reason for item in found if isinstance(item, Dropped)}
+    assert not [reason for reason in reasons if "waiting" in reason]  # a busy machine may lose some
     frames = [item for item in found if isinstance(item, Frame)]
     assert len(frames) > 200
     assert all(frame.info.flags == () for frame in frames)
@@ -183,27 +183,6 @@ def test_lost_packets_are_lost_frames():
 
 
 @needs_camera
-def test_a_camera_that_vanishes_is_waited_for():
-    source = None
-    found = []
-    with fake_camera() as camera:
-        source = build(width=64, height=32)
-        frames = source.frames()
-        found += [next(frames) for _ in range(20)]
-        camera.kill()
-        while not (isinstance(found[-1], Dropped) and "waiting" in found[-1].reason):
-            found.append(next(frames))
-    assert "no longer answers; waiting for it" in found[-1].reason
-    with fake_camera():
-        found += [next(frames) for _ in range(20)]
-    source.close()
-    assert numbers(found) == list(range(len(found)))
-    flagged = [item for item in found if isinstance(item, Frame) and item.info.flags]
-    assert [item.info.flags for item in flagged] == [("restarted",)]
-    assert list(frames) == []
-
-
-@needs_camera
 def test_a_helper_that_dies_is_started_again():
     with fake_camera():
         source = build(width=64, height=32)
@@ -217,6 +196,25 @@ def test_a_helper_that_dies_is_started_again():
     assert numbers(found) == list(range(len(found)))
     reasons = [item.reason for item in found if isinstance(item, Dropped)]
     assert "gige: the helper process ended; waiting for it" in reasons
+
+
+@needs_camera
+def test_a_camera_that_comes_back_with_other_settings_is_not_misread():
+    with fake_camera() as camera:
+        source = build(pixel_format=None, frame_rate_hz=None)  # as the camera has it: Mono8
+        assert source.sensor.full_scale == 255
+        frames = source.frames()
+        found = [next(frames)]
+        os.kill(source._helper.pid, signal.SIGKILL)
+        camera.kill()
+        camera.wait()
+    with fake_camera():
+        build(pixel_format="Mono16")  # someone else sets it
+        while not (isinstance(found[-1], Dropped) and "as it began" in found[-1].reason):
+            found.append(next(frames))
+        source.close()
+        list(frames)
+    assert "Mono16, not 512×512 Mono8 as it began" in found[-1].reason
 
 
 @needs_camera
@@ -273,5 +271,10 @@ def test_a_camera_in_a_live_pipeline_is_unplugged_and_plugged_in_again(tmp_path)
             pipeline.kill()
             pipeline.communicate()
             subscriber.close()
+    seqs = [message["frame_seq"] for message in heard if "frame_seq" in message]
+    assert seqs == list(range(len(seqs)))  # every number is a frame or a gap, in order
+    gaps = [message["reason"] for message in heard if message["schema"] == "irst.gap/1"]
+    assert gaps.count("gige: the camera no longer answers; waiting for it") == 1
+    assert sum("restarted" in message.get("frame_flags", []) for message in heard) == 1
     end = heard[-1]
     assert end["frames_in"] == end["published"] + sum(d["frames"] for d in end["dropped"])

@@ -1,6 +1,7 @@
 """Live video: streams over HTTP from a real server, what breaks off, and grey of every layout."""
 
 import threading
+import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -66,6 +67,44 @@ def test_a_stream_that_breaks_off_is_opened_again(server):
     assert [frame.info.seq for frame in shown] == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
     assert [frame.info.flags for frame in shown] == [()] * 5 + [("restarted",)] + [()] * 4
     assert_array_equal([frame.pixels_HW for frame in shown[:5]], pictures)
+
+
+class Camera(Quiet):
+    """A network camera: JPEGs one after another, 40 of them at 50 a second, then it hangs up."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+        self.end_headers()
+        for number in range(40):
+            picture = np.full((48, 64), 5 * number, np.uint8)
+            jpeg = cv2.imencode(".jpg", picture)[1].tobytes()
+            head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(jpeg)}\r\n\r\n"
+            self.wfile.write(head.encode() + jpeg + b"\r\n")
+            time.sleep(0.02)
+
+
+def test_a_network_camera_that_hangs_up_is_called_again():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Camera) as http:
+        thread = threading.Thread(target=http.serve_forever, args=(0.05,))
+        thread.start()
+        source = build("video_stream", address=f"http://127.0.0.1:{http.server_address[1]}/live")
+        frames = source.frames()
+        found = [next(frames)]
+        while "restarted" not in getattr(found[-1], "info", found[0].info).flags:
+            found.append(next(frames))
+        source.close()
+        list(frames)
+        http.shutdown()
+        thread.join()
+    shown = [item for item in found if isinstance(item, Frame)]
+    assert len(shown) >= 38
+    levels = [float(frame.pixels_HW.mean()) for frame in shown[:-1]]
+    assert levels == sorted(levels)
+    assert shown[0].info.flags == ("compressed",)
+    assert found[-2] == Dropped(
+        len(found) - 2, "source", "video: the stream broke off; waiting for it"
+    )
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9/none.mp4", "/dev/video-none"])

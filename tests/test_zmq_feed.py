@@ -79,11 +79,15 @@ def test_a_loss_without_number_is_not_counted_twice():
     assert (list(step.lost), step.seq) == ([2], 3)
 
 
-def test_numbers_of_a_camera_begin_again_with_one():
+@pytest.mark.parametrize("following", [2, 65537])
+def test_numbers_of_a_camera_begin_again_with_one_or_go_on(following):
     numbering = Numbering(last=65535)
     numbering.take(65534)
-    step = numbering.take(2)
+    step = numbering.take(following)
     assert (list(step.lost), step.restarted) == ([1, 2], False)
+    step = numbering.take(following + 1)
+    assert (step.seq, list(step.lost), step.restarted) == (4, [], False)
+    assert numbering.take(30000).restarted
 
 
 # --- message -------------------------------------------------------------------------------------

@@ -63,7 +63,8 @@ class Gige(Source):
         self._closed = Event()
         self._helper: subprocess.Popen[bytes] | None = None
         found = self._probe()
-        self._format, self._exposure_ns = found["pixel_format"], found["exposure_us"] * 1e3
+        self._format = self._streams = found["pixel_format"]
+        self._exposure_ns = found["exposure_us"] * 1e3
         if self._format not in BITS:
             raise PipelineError(
                 f"{self._name}: pixel format {self._format}; set source.pixel_format to one of "
@@ -137,8 +138,11 @@ class Gige(Source):
                             return
                         if event["event"] in ("frame", "lost"):
                             yield from self._numbered(event, payload, numbering, back)
-                            back, away = False, False
-                        reason = event.get("reason", reason)
+                            back, away = back and event["event"] == "lost", False
+                        elif event["event"] == "camera":
+                            self._streams = event["pixel_format"]
+                        else:
+                            reason = event["reason"]
                 finally:
                     self._helper.kill()
             if self._closed.wait(RETRY_S if away else 0.0):
@@ -170,15 +174,17 @@ class Gige(Source):
             t_exposure_ns=round(event["t_ns"] + 0.5 * self._exposure_ns),
             clock=event["clock"],
             shape=self.shape,
-            flags=(RESTARTED,) * (back or step.restarted),
+            flags=(RESTARTED,) if back or step.restarted else (),
         )
         yield Frame(info, pixels_HW)
 
     def _misfit(self, event: dict[str, Any]) -> str:
+        """What the frame is instead of what the camera gave at first; empty if it is that."""
         found = (event["height"], event["width"])
-        if found == self.shape:
+        if found == self.shape and self._streams == self._format:
             return ""
-        return f"{found[1]}×{found[0]}, not {self.shape[1]}×{self.shape[0]}"
+        wanted = f"{self.shape[1]}×{self.shape[0]} {self._format}"
+        return f"{found[1]}×{found[0]} {self._streams}, not {wanted} as it began"
 
     def close(self) -> None:
         """End the helper process, and with it `frames`."""

@@ -86,7 +86,7 @@ class ZmqFeed(FedSource):
             t_exposure_ns=sent.t_exposure_ns,
             clock=sent.clock,
             shape=self.shape,
-            flags=sent.flags + (RESTARTED,) * step.restarted,
+            flags=(*sent.flags, RESTARTED) if step.restarted else sent.flags,
             pose=sent.pose,
         )
         yield Frame(info, sent.pixels_HW)

@@ -1,7 +1,7 @@
 """FITS: the first image of the file, (H, W) or (T, H, W), row 0 first, as it is stored.
 
 Time of a single image: DATE-AVG, or DATE-BEG (else DATE-OBS) plus half of EXPTIME, UTC. A cube's
-date is that of its first frame.
+date is that of its first frame. The image is read whole, since its scaling may need that.
 """
 
 import warnings
