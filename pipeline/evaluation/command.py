@@ -7,11 +7,12 @@ from typing import Annotated, Any
 import cv2
 import typer
 
-from pipeline.config import PipelineConfig, load_bad_pixels, load_config
+from pipeline.config import PipelineConfig, load_config
 from pipeline.errors import PipelineError
 from pipeline.evaluation.frames import Frames, Pictures, RecordedFrames
 from pipeline.evaluation.roc_picture import draw_roc
 from pipeline.evaluation.run import UNKNOWN_CAMERA, all_detectors, evaluate, roc
+from pipeline.sensing import load_bad_pixels
 from pipeline.stages.detect import Detect
 
 
