@@ -135,7 +135,15 @@ def test_a_node_that_may_not_restart_ends_the_run_with_one_line(run_dir, row):
     process = start(run_dir, config)
     first_status(process)
     nodes = children(process.pid)
+    subscriber = Subscriber(f"ipc://{run_dir}/out")
+    assert subscriber.receive(20.0) is not None
     os.kill(workers(process.pid)[row], signal.SIGKILL)
+    end = None
+    while end is None or end["schema"] != "irst.eos/1":
+        end = subscriber.receive(20.0)
+        assert end is not None
+    subscriber.close()
+    assert end["frames_in"] == end["published"] + sum(e["frames"] for e in end["dropped"])
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1
     name = TOPOLOGY[row].name

@@ -29,7 +29,7 @@ from pipeline.runtime.output import Output
 from pipeline.runtime.telemetry import Telemetry
 from pipeline.transport import codec
 from pipeline.transport.hub import FROM_NODE, HubSocket, Word, read_word
-from pipeline.transport.publish import STALL_S, Publisher
+from pipeline.transport.publish import STALL_S, Publisher, Stuck
 from pipeline.transport.security import ServerKeys
 
 DRAIN_S = 3.0
@@ -67,7 +67,7 @@ class Supervisor:
         self._stopping = False
         self._drained_by = math.inf
         self._next_housekeeping = 0.0
-        self._failure: NodeFailure | None = None  # after which the stream still ends
+        self._failure: PipelineError | None = None  # after which the stream still ends
         self._dead_letters = DeadLetters(config.dead_letters, config.digest)
         self.telemetry = Telemetry()
 
@@ -135,7 +135,7 @@ class Supervisor:
 
         Raises NodeFailure if a node could not go on, RunError if one died more often than allowed.
         """
-        while not self._turn():
+        while not self._turn_or_end():
             yield from self._drain()
         yield from self._drain()
         self._output.end(self._dispatcher.next_in)
@@ -144,6 +144,20 @@ class Supervisor:
             self._publisher.wait_acknowledged(self._output.frames, STALL_S)
         if self._failure is not None:
             raise self._failure
+
+    def _turn_or_end(self) -> bool:
+        """`_turn`; what ends a run that has started still ends its stream with totals."""
+        try:
+            return self._turn()
+        except Stuck:
+            raise
+        except PipelineError as error:
+            if not self._started:
+                raise
+            self._failure = error
+            self._give_up("the run failed")
+            self._collect()
+            return True
 
     def _turn(self) -> bool:
         """Listen, keep house, hand out and publish once; True when the stream is over."""
@@ -195,10 +209,13 @@ class Supervisor:
                 self._hub.send(front.identity, Word("stop"))
                 return
         if not (self._started and front.ready) or now > self._drained_by:
-            reason = "not done when the run was told to end"
-            self._dispatcher.lose(self._dispatcher.next_in, self._taken.value, "front", reason)
-            self._dispatcher.give_up_all(reason)
-            self._dispatcher.end(self._dispatcher.next_in)
+            self._give_up("not done when the run was told to end")
+
+    def _give_up(self, reason: str) -> None:
+        """End the stream; what is under way is lost by name."""
+        self._dispatcher.lose(self._dispatcher.next_in, self._taken.value, "front", reason)
+        self._dispatcher.give_up_all(reason)
+        self._dispatcher.end(self._dispatcher.next_in)
 
     # --- what nodes say --------------------------------------------------------------------
 
