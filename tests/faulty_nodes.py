@@ -41,7 +41,7 @@ def dying(task):
 
 def dying_once(task):
     """The first unmix node dies in the middle of its work; those after it do not."""
-    (dying if task.identity.endswith(b"#1") else node.run_node)(task)
+    (dying if task.identity.endswith(b".1") else node.run_node)(task)
 
 
 def hanging_once(task):
@@ -53,7 +53,7 @@ def hanging_once(task):
             time.sleep(600)
         return whole(self, message, trace)
 
-    if task.identity.endswith(b"#1"):
+    if task.identity.endswith(b".1"):
         Flow.process = process
     node.run_node(task)
 

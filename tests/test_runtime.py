@@ -8,6 +8,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -354,3 +355,46 @@ def test_check_names_what_the_run_would_stumble_over(run_dir):
         stdout, _ = process.communicate(timeout=60)
         assert process.returncode == 0
         assert f"note: telemetry.metrics {address}: cannot listen there" in stdout
+
+
+def engines_of(subscriber: Subscriber, until: Callable[[set[str]], bool]) -> list[dict]:
+    """Messages until the set of engines and configurations seen is as wanted."""
+    seen: set[str] = set()
+    messages = []
+    deadline = time.monotonic() + 60
+    while not until(seen):
+        assert time.monotonic() < deadline
+        message = subscriber.receive(1.0)
+        if message is not None and "frame_seq" in message:
+            messages.append(message)
+            seen |= {message.get("engine", ""), message.get("config", "")} - {""}
+    return messages
+
+
+def test_another_engine_takes_over_without_losing_a_frame(run_dir):
+    scene = SCENE.format(rate=10, folder=run_dir).replace("{name", "{max_age_ms: 20000, name")
+    scene += "topology: {front: {queue: 100}}\n"
+    process = start(run_dir, scene + "engine: off_grid_field\n")
+    first_status(process)
+    subscriber = Subscriber(f"ipc://{run_dir}/out")
+    engines_of(subscriber, lambda seen: len(seen) == 2)
+    (run_dir / "config.yaml").write_text(scene + "engine: dista_net_field\n")
+    process.send_signal(signal.SIGUSR1)
+    messages = engines_of(subscriber, lambda seen: len(seen) == 4)
+    assert {message["schema"] for message in messages} == {"irst.targets/1"}, "no gap"
+    engines = [message["engine"] for message in messages]
+    assert engines == sorted(engines, key=engines.index), "one after the other"
+    assert process.stderr
+    assert "has taken over" in process.stderr.readline()
+    for wrong in ("engine: none_such\n", "engine: dista_net_wide\n", "report: {min_snr: x}\n"):
+        (run_dir / "config.yaml").write_text(scene + wrong)
+        process.send_signal(signal.SIGUSR1)
+        assert "the run goes on as it was" in process.stderr.readline()
+    wait_for(lambda: len(workers(process.pid)) == 3)
+    before = subscriber.receive(5.0)
+    assert before is not None
+    subscriber.close()
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 0, stderr
+    assert totals(stdout)[2] == 0

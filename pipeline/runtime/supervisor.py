@@ -10,22 +10,20 @@ import math
 import multiprocessing
 import tempfile
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from pipeline.config import PipelineConfig
 from pipeline.errors import PipelineError, RunError
-from pipeline.messages import Dropped, Trace, Wire
 from pipeline.physics.sensor import Sensor
-from pipeline.runtime.account import Reorder
 from pipeline.runtime.children import Child, Children
 from pipeline.runtime.dead_letters import DeadLetters
 from pipeline.runtime.dispatch import Dispatcher, Job
 from pipeline.runtime.node import Mode, NodeTask, hub_endpoint, run_node
-from pipeline.runtime.output import Output
+from pipeline.runtime.outlet import Messages, Outlet
+from pipeline.runtime.swap import Reloader
 from pipeline.runtime.telemetry import Telemetry
 from pipeline.transport import codec
 from pipeline.transport.hub import FROM_NODE, HubSocket, Word, read_word
@@ -38,8 +36,6 @@ HOUSEKEEPING_S = 0.05
 ABSENT_S = 1.0
 END_S = 1.0
 MAX_HEARD = 256
-
-Messages = Iterator[tuple[dict[str, Any], Wire]]
 
 
 class NodeFailure(PipelineError):
@@ -61,12 +57,11 @@ class Supervisor:
         self._dispatcher = Dispatcher(config.topology, age_ns)
         self._children = Children(run_node, config.supervisor, self._on_gone)
         self._taken = multiprocessing.get_context("spawn").RawValue("q", 0)
-        self._reorder = Reorder()
-        self._waiting: deque[tuple[dict[str, Any], Wire]] = deque()
         self._started = False
         self._stopping = False
         self._drained_by = math.inf
         self._next_housekeeping = 0.0
+        self._reloader = Reloader(self._children, self._dispatcher)
         self._failure: PipelineError | None = None  # after which the stream still ends
         self._dead_letters = DeadLetters(config.dead_letters, config.digest)
         self.telemetry = Telemetry()
@@ -88,10 +83,12 @@ class Supervisor:
                 keys=ServerKeys.load(publish.keys) if publish.keys else None,
             )
             stack.callback(self._publisher.close)
-            self._output = Output(
-                self._publish, self._sensor.id, self._config.digest, publish.heartbeat_s
-            )
+            self._outlet = Outlet(
+                self._config, self._sensor.id, self._publisher, self._dead_letters,
+                self.telemetry, self._children.be_patient,
+            )  # fmt: skip
             stack.callback(self._children.kill)
+            stack.callback(self._reloader.close)
             for row, node in enumerate(self._config.topology):
                 task = NodeTask(
                     config=self._config,
@@ -128,6 +125,10 @@ class Supervisor:
         """Ask the source to end; what is under way is still published. Safe in a signal handler."""
         self._stopping = True
 
+    def reload(self, read: Callable[[], PipelineConfig]) -> None:
+        """Go on with what `read` gives, see `swap`. Safe in a signal handler."""
+        self._reloader.ask(read)
+
     # --- the loop --------------------------------------------------------------------------
 
     def messages(self) -> Messages:
@@ -136,12 +137,12 @@ class Supervisor:
         Raises NodeFailure if a node could not go on, RunError if one died more often than allowed.
         """
         while not self._turn_or_end():
-            yield from self._drain()
-        yield from self._drain()
-        self._output.end(self._dispatcher.next_in)
-        yield from self._drain()
+            yield from self._outlet.taken()
+        yield from self._outlet.taken()
+        self._outlet.output.end(self._dispatcher.next_in)
+        yield from self._outlet.taken()
         if self._mode == "replay":
-            self._publisher.wait_acknowledged(self._output.frames, STALL_S)
+            self._publisher.wait_acknowledged(self._outlet.output.frames, STALL_S)
         if self._failure is not None:
             raise self._failure
 
@@ -156,7 +157,7 @@ class Supervisor:
                 raise
             self._failure = error
             self._give_up("the run failed")
-            self._collect()
+            self._outlet.put_all(self._dispatcher.outcomes)
             return True
 
     def _turn(self) -> bool:
@@ -178,14 +179,17 @@ class Supervisor:
         front = self._children.all[0]
         if self._started and front.ready and (room := self._dispatcher.grant()):
             self._hub.send(front.identity, Word("grant", room))
-        self._collect()
+        self._outlet.put_all(self._dispatcher.outcomes)
         return self._dispatcher.ended and not len(self._dispatcher)
 
     def _keep_house(self, now: float) -> None:
         self._next_housekeeping = now + HOUSEKEEPING_S
         self._children.watch()
+        if self._started and (config := self._reloader.look_after(self._config, self._hub)):
+            self._config = config
+            self._outlet.output.config = config.digest
         self._publisher.listen()
-        self._output.beat()
+        self._outlet.output.beat()
         if not self._started:
             self._start_when_ready()
         if self._stopping:
@@ -198,7 +202,7 @@ class Supervisor:
         ready = all(child.ready for child in self._children.all)
         if ready and self._publisher.subscribers >= self._config.publish.wait_for:
             self._started = True
-            self._output.start()
+            self._outlet.output.start()
 
     def _drain_by(self, now: float) -> None:
         """End the source, and, if what is under way takes too long, give that up by name."""
@@ -222,7 +226,8 @@ class Supervisor:
     def _hear(self, identity: bytes, parts: list[Any]) -> None:
         child = self._children.find(identity)
         if child is None:
-            return  # a process that is dead, or a stranger
+            self._reloader.hear(identity, parts)
+            return  # if not a new worker, then a process that is dead, or a stranger
         child.heard_s = time.monotonic()
         try:
             word = read_word(parts[0] if parts else b"", FROM_NODE)
@@ -285,35 +290,3 @@ class Supervisor:
             )
         reason = "the front node died"
         self._dispatcher.lose(self._dispatcher.next_in, self._taken.value, "front", reason)
-
-    # --- what goes out ---------------------------------------------------------------------
-
-    def _collect(self) -> None:
-        outcomes = self._dispatcher.outcomes
-        while outcomes:
-            outcome = outcomes.popleft()
-            for ready in self._reorder.push(*self._report(outcome)):
-                self._output.put(*ready)
-
-    def _report(self, outcome: Job | Dropped) -> tuple[Any, Trace]:
-        if isinstance(outcome, Dropped):
-            return outcome, Trace(0, {})
-        try:
-            message, trace, _ = codec.decode(outcome.parts)
-            if isinstance(message, Dropped) or message.info.seq != outcome.seq:
-                raise codec.CodecError("not the frame it is said to be")
-        except codec.CodecError as error:
-            self._dead_letters.keep(outcome.parts, f"frame {outcome.seq} at the output: {error}")
-            reason = f"malformed message: {error}"[:200]
-            return Dropped(outcome.seq, "transport", reason), Trace(outcome.t_ingest_ns, {})
-        return message, trace
-
-    def _publish(self, message: dict[str, Any], model: Wire) -> None:
-        # While a subscriber holds a replay back, silence of the nodes is no fault of theirs.
-        self._publisher.publish(message, self._children.be_patient)
-        self.telemetry.count(message)
-        self._waiting.append((message, model))
-
-    def _drain(self) -> Messages:
-        while self._waiting:
-            yield self._waiting.popleft()
