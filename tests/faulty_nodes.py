@@ -11,13 +11,26 @@ from pipeline.runtime.flow import Flow
 FRAME = 3
 
 
-def corrupting(task):
-    """The unmix node sends parts of a message that make none, and a word that is none."""
+def babbling(task):
+    """The unmix node answers one frame, whenever it meets it, with what is no word."""
     whole = node._send
 
     def send(socket, message, trace):
         if task.node.name == "unmix" and message.info.seq == FRAME:
             socket._socket.send(b"no word at all")
+        else:
+            whole(socket, message, trace)
+
+    node._send = send
+    node.run_node(task)
+
+
+def corrupting(task):
+    """The unmix node sends parts of a message that make none."""
+    whole = node._send
+
+    def send(socket, message, trace):
+        if task.node.name == "unmix" and message.info.seq == FRAME:
             socket.send(node.Word("result", FRAME), [b"no header", b"no array"])
         else:
             whole(socket, message, trace)

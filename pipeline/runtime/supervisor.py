@@ -71,7 +71,8 @@ class Supervisor:
     def __enter__(self) -> Self:
         publish = self._config.publish
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.telemetry.served(self._config.telemetry.metrics))
+            metrics = self._config.telemetry.metrics if self._mode == "live" else None
+            stack.enter_context(self.telemetry.served(metrics))
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="irst-"))  # mode 0700
             self._hub = HubSocket(hub_endpoint(Path(folder)))
             stack.callback(self._hub.close)
@@ -141,10 +142,10 @@ class Supervisor:
         yield from self._outlet.taken()
         self._outlet.output.end(self._dispatcher.next_in)
         yield from self._outlet.taken()
-        if self._mode == "replay":
-            self._publisher.wait_acknowledged(self._outlet.output.frames, STALL_S)
         if self._failure is not None:
             raise self._failure
+        if self._mode == "replay":
+            self._publisher.wait_acknowledged(self._outlet.output.frames, STALL_S)
 
     def _turn_or_end(self) -> bool:
         """`_turn`; what ends a run that has started still ends its stream with totals."""
@@ -162,12 +163,12 @@ class Supervisor:
 
     def _turn(self) -> bool:
         """Listen, keep house, hand out and publish once; True when the stream is over."""
-        heard = self._hub.receive(LISTEN_MS)
+        wait_ms = LISTEN_MS
         for _ in range(MAX_HEARD):
-            if heard is None:
+            if (heard := self._hub.receive(wait_ms)) is None:
                 break
             self._hear(*heard)
-            heard = self._hub.receive(0)
+            wait_ms = 0
         if (now := time.monotonic()) >= self._next_housekeeping:
             if now > self._next_housekeeping + ABSENT_S:
                 self._children.be_patient()
@@ -233,6 +234,9 @@ class Supervisor:
             word = read_word(parts[0] if parts else b"", FROM_NODE)
         except codec.CodecError as error:
             self._dead_letters.keep(parts, f"from node {child.name}: {error}")
+            child.last_words = f"it said what is no word ({error})"
+            if child.process is not None:
+                child.process.kill()  # what else it would say cannot be relied on
             return
         if word.kind == "ready":
             child.ready = True
