@@ -176,7 +176,8 @@ def test_a_replay_told_to_stop_leaves_nothing_behind(run_dir, scene_recording):
 
 
 def test_nodes_end_when_their_supervisor_is_killed(run_dir):
-    process = start(run_dir, SCENE.format(rate=20, folder=run_dir))
+    config = SCENE.format(rate=20, folder=run_dir)
+    process = start(run_dir, config.replace('/out"', f'/out", frames: "ipc://{run_dir}/frames"'))
     first_status(process)
     nodes = children(process.pid)
     assert len(nodes) >= 3

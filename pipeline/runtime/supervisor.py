@@ -29,6 +29,7 @@ from pipeline.transport import codec
 from pipeline.transport.hub import FROM_NODE, HubSocket, Word, read_word
 from pipeline.transport.publish import STALL_S, Publisher, Stuck
 from pipeline.transport.security import ServerKeys
+from pipeline.transport.sockets import remove_stale
 
 DRAIN_S = 3.0
 LISTEN_MS = 10
@@ -88,6 +89,7 @@ class Supervisor:
                 self._config, self._sensor.id, self._publisher, self._dead_letters,
                 self.telemetry, self._children.be_patient,
             )  # fmt: skip
+            stack.callback(remove_stale, publish.frames or "")  # of a front that was killed
             stack.callback(self._children.kill)
             stack.callback(self._reloader.close)
             for row, node in enumerate(self._config.topology):
