@@ -165,6 +165,7 @@ def _run_front(task: NodeTask, flow: Flow, socket: NodeSocket, wake: int) -> Non
         socket.send(Word("ready"))
         while True:
             inlet.awake()
+            tap.listen()
             item = inlet.take(granted > 0)
             if isinstance(item, Shed):
                 socket.send(Word("lost", item.first, item.end, stage="source", text=item.reason))
