@@ -5,6 +5,7 @@ for message in subscribe("tcp://127.0.0.1:5556"):
 print(message["frame_seq"], message["targets"]["x_px"])
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Generator
@@ -17,6 +18,7 @@ from pipeline.transport.publish import SubscriberSocket
 from pipeline.transport.security import ClientKeys
 
 WAIT_S = 0.1
+log = logging.getLogger(__name__)
 MAX_NAMED = 4096
 
 
@@ -45,8 +47,10 @@ class Subscriber:
             try:
                 message = unpack_wire(part)
                 check_wire(message)
-            except (CodecError, ValueError):
+            except (CodecError, ValueError) as error:
                 self.rejected += 1
+                if self.rejected == 1:
+                    log.warning("a message was refused, and so will be others like it: %s", error)
                 continue
             self._follow(message)
         return self._waiting.popleft()

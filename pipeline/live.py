@@ -48,6 +48,11 @@ def run(config: ConfigOption = None, engine: EngineOption = None) -> None:
         signal.signal(number, lambda _number, _frame: supervisor.stop())
     where = settings.publish.endpoint or "no endpoint (publish.endpoint is null)"
     status = Status(console, f"publishing {sensor.id} on {where}; Ctrl-C ends it")
+
+    def read_again() -> PipelineConfig:
+        return load_config(config, engine=engine, default_endpoint=DEFAULT_ENDPOINT)
+
+    signal.signal(signal.SIGUSR1, lambda _number, _frame: supervisor.reload(read_again))
     with the_only_one(settings.supervisor.name or sensor.id), supervisor, status:
         for message, _ in supervisor.messages():
             status.add(message)

@@ -103,10 +103,12 @@ def record(
     with contextlib.ExitStack() as stack:
         frame_socket = FrameSubscriber(frames)
         stack.callback(frame_socket.close)
-        subscriber = Subscriber(targets, keys)
-        stack.callback(subscriber.close)
         stack.callback(recorder.close)
         try:
+            frame_socket.wait_connected()
+            # Only now, so that a run that waits for a subscriber does not begin too early.
+            subscriber = Subscriber(targets, keys)
+            stack.callback(subscriber.close)
             _follow(recorder, frame_socket, subscriber)
         except OSError as error:
             raise RunError(f"{folder}: cannot be written ({error.strerror})") from error

@@ -3,8 +3,8 @@
     python tests/chaos.py --seconds 300 --events 200 --seed 1
 
 Events: a node is killed; a node is stopped for three seconds; a subscriber stops reading; garbage
-is sent to the run's sockets. At the end the run must be well, and its totals must add up with what
-one subscriber has seen from the first frame to the last.
+is sent to the run's sockets; another engine is to take over. At the end the run must be well, and
+its totals must add up with what one subscriber has seen from the first frame to the last.
 """
 
 import argparse
@@ -95,10 +95,11 @@ class Chaos:
         self.done: Counter[str] = Counter()
         self._deaf: list[subprocess.Popen[bytes]] = []
         self._timers: list[threading.Timer] = []
-        config = folder / "config.yaml"
-        config.write_text(CONFIG.format(rate=rate_hz, folder=folder, name=folder.name))
+        self._config = folder / "config.yaml"
+        self._text = CONFIG.format(rate=rate_hz, folder=folder, name=folder.name)
+        self._config.write_text(self._text)
         self._run = subprocess.Popen(
-            [str(BIN / "pipeline"), "run", "--config", str(config)],
+            [str(BIN / "pipeline"), "run", "--config", str(self._config)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -130,7 +131,9 @@ class Chaos:
     def strike(self, seconds: float, events: int) -> None:
         """So many random events, spread over the time."""
         for _ in range(events):
-            event = self._rng.choice([self._kill, self._stop, self._deafen, self._corrupt])
+            event = self._rng.choice(
+                [self._kill, self._stop, self._deafen, self._corrupt, self._swap]
+            )
             event()
             self.done[event.__name__.strip("_")] += 1
             time.sleep(self._rng.uniform(0.5, 1.5) * seconds / events)
@@ -168,6 +171,11 @@ class Chaos:
             socket.send_multipart([self._rng.randbytes(self._rng.randrange(400))])
             socket.close()
 
+    def _swap(self) -> None:
+        engine = self._rng.choice(["off_grid_field", "dista_net_field"])
+        self._config.write_text(f"{self._text}engine: {engine}\n")
+        self._run.send_signal(signal.SIGUSR1)
+
     def finish(self) -> dict:
         """End the run; returns its totals after checking all that must hold."""
         for timer in self._timers:
@@ -179,6 +187,8 @@ class Chaos:
         took_s = time.monotonic() - asked
         for reader in self._readers:
             reader.join(10)
+        for pipe in (self._run.stdout, self._run.stderr):
+            pipe.close()
         output = "".join(self._output)
         self._watcher.join(10)
         for deaf in self._deaf:

@@ -11,13 +11,26 @@ from pipeline.runtime.flow import Flow
 FRAME = 3
 
 
-def corrupting(task):
-    """The unmix node sends parts of a message that make none, and a word that is none."""
+def babbling(task):
+    """The unmix node answers one frame, whenever it meets it, with what is no word."""
     whole = node._send
 
     def send(socket, message, trace):
         if task.node.name == "unmix" and message.info.seq == FRAME:
             socket._socket.send(b"no word at all")
+        else:
+            whole(socket, message, trace)
+
+    node._send = send
+    node.run_node(task)
+
+
+def corrupting(task):
+    """The unmix node sends parts of a message that make none."""
+    whole = node._send
+
+    def send(socket, message, trace):
+        if task.node.name == "unmix" and message.info.seq == FRAME:
             socket.send(node.Word("result", FRAME), [b"no header", b"no array"])
         else:
             whole(socket, message, trace)
@@ -41,7 +54,7 @@ def dying(task):
 
 def dying_once(task):
     """The first unmix node dies in the middle of its work; those after it do not."""
-    (dying if task.identity.endswith(b"#1") else node.run_node)(task)
+    (dying if task.identity.endswith(b".1") else node.run_node)(task)
 
 
 def hanging_once(task):
@@ -53,7 +66,7 @@ def hanging_once(task):
             time.sleep(600)
         return whole(self, message, trace)
 
-    if task.identity.endswith(b"#1"):
+    if task.identity.endswith(b".1"):
         Flow.process = process
     node.run_node(task)
 

@@ -59,8 +59,9 @@ def test_a_node_that_dies_or_hangs_costs_no_frame(config, entry, monkeypatch):
     assert targets(messages) == targets(expected)
 
 
-def test_a_frame_that_kills_every_node_is_dropped_and_the_rest_goes_on(config, monkeypatch):
-    monkeypatch.setattr("pipeline.runtime.supervisor.run_node", faulty_nodes.dying)
+@pytest.mark.parametrize("entry", [faulty_nodes.dying, faulty_nodes.babbling])
+def test_a_frame_that_undoes_every_node_is_dropped_and_the_rest_goes_on(config, entry, monkeypatch):
+    monkeypatch.setattr("pipeline.runtime.supervisor.run_node", entry)
     messages, restarts = played(config)
     assert restarts == 2
     (gap,) = gaps(messages)
@@ -85,7 +86,6 @@ def test_a_malformed_message_costs_its_frame_and_is_kept(config, entry, monkeypa
     if entry is faulty_nodes.lying:
         assert "reads as Unmixed of frame 4" in lines[-1]
     else:
-        assert "from node unmix.0: word" in lines[0]
         assert "still malformed: header" in lines[-1]
 
 

@@ -31,7 +31,7 @@ from pipeline.transport.codec import CodecError, decode, unpack_wire
 from pipeline.transport.hub import FROM_NODE, Word, read_word
 from pipeline.transport.security import ClientKeys, make_keys
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
 GROWTH_BYTES = 100 << 20
 fuzzed = settings(
     max_examples=EXAMPLES,

@@ -10,6 +10,8 @@ import yaml
 
 from pipeline.component import available
 from pipeline.config import load_config
+from pipeline.live import DEFAULT_METRICS
+from pipeline.runtime.telemetry import Telemetry
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -97,3 +99,38 @@ def test_compose_joins_pipeline_and_subscriber_by_one_socket():
     folder = str(Path(config.publish.endpoint.removeprefix("ipc://")).parent)
     for service in services.values():
         assert any(volume.endswith(f":{folder}") for volume in service["volumes"])
+
+
+def test_the_service_runs_a_valid_configuration_and_never_retries_a_wrong_one():
+    unit = (ROOT / "deploy" / "irst-pipeline@.service").read_text()
+    config = ROOT / "configs" / "service.yaml"
+    assert load_config(config).publish.endpoint.startswith("ipc:///run/irst/")
+    for line in ("ExecStartPre", "ExecStart"):
+        (words,) = re.findall(rf"^{line}=/opt/irst/bin/pipeline (.*)$", unit, re.MULTILINE)
+        assert words.endswith("--config /etc/irst/%i.yaml")
+    assert "RestartPreventExitStatus=2" in unit
+    assert "RuntimeDirectory=irst\n" in unit
+    assert "StateDirectory=irst\n" in unit
+    assert str(load_config(config).dead_letters.folder).startswith("/var/lib/irst/")
+
+
+def test_the_container_is_healthy_while_its_figures_are_there():
+    compose = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
+    pipeline = compose["services"]["pipeline"]
+    assert pipeline["healthcheck"]["test"] == ["CMD", "pipeline", "watch", "--count", "1"]
+    config = load_config(ROOT / "configs" / Path(pipeline["command"][2]).name)
+    assert config.telemetry.metrics == DEFAULT_METRICS
+
+
+def test_operations_tells_of_every_metric_and_its_commands_work(command, tmp_path):
+    text = (ROOT / "docs" / "operations.md").read_text()
+    for family in Telemetry().registry.collect():
+        name = family.name.removeprefix("irst_")
+        assert f"`{name}" in text or f"{name}_total" in text, name
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
+        for line in block.strip().splitlines():
+            program, *words = shlex.split(line)
+            words = [str(tmp_path / word) if "/" in word else word for word in words]
+            result = command(program, *words)
+            assert result.returncode == 0, f"{line}\n{result.stderr}"

@@ -17,8 +17,11 @@ from pipeline.physics.sensor import Sensor
 FORMAT_VERSION = 1
 UNSIGNED = ("uint8", "uint16")
 
-_STORE_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError)
-"""What zarr and its codecs raise on metadata and chunks they cannot make sense of."""
+_STORE_ERRORS = (
+    OSError, ValueError, TypeError, KeyError, RuntimeError, MemoryError, SystemError,
+)  # fmt: skip
+"""What zarr and its codecs raise on metadata and chunks they cannot make sense of; the last two
+come of a chunk that claims a size beyond reason."""
 
 
 @contextmanager

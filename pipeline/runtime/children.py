@@ -47,6 +47,7 @@ class Child:
     task: Any
     back_off: BackOff
     process: BaseProcess | None = None
+    generation: int = 0  # of its configuration
     number: int = 0  # of its process
     ready: bool = False
     done: bool = False  # it was told to end, or said it has nothing more
@@ -57,7 +58,7 @@ class Child:
     @property
     def identity(self) -> bytes:
         """What its present process connects with; no two processes ever have the same."""
-        return f"{self.name}#{self.number}".encode()
+        return f"{self.name}#{self.generation}.{self.number}".encode()
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Children:
     settings: SupervisorSettings
     on_gone: Callable[[Child], None]
     all: list[Child] = field(default_factory=list)
+    retired: list[Child] = field(default_factory=list)  # finish what they hold
     restarts: int = 0
 
     def __post_init__(self) -> None:
@@ -81,7 +83,8 @@ class Children:
 
     def find(self, identity: bytes) -> Child | None:
         """The child whose present process this is."""
-        return next((child for child in self.all if child.identity == identity), None)
+        known = self.all + self.retired
+        return next((child for child in known if child.identity == identity), None)
 
     def watch(self) -> None:
         """Start what is due; notice the dead and the stalled.
@@ -146,15 +149,15 @@ class Children:
     def join(self, timeout_s: float) -> None:
         """Give the processes time to end by themselves."""
         deadline = time.monotonic() + timeout_s
-        for child in self.all:
+        for child in self.all + self.retired:
             if child.process is not None:
                 child.process.join(max(0.0, deadline - time.monotonic()))
 
     def kill(self) -> None:
         """End what still runs."""
-        for child in self.all:
+        for child in self.all + self.retired:
             if child.process is not None:
                 child.process.kill()
-        for child in self.all:
+        for child in self.all + self.retired:
             if child.process is not None:
                 child.process.join()

@@ -61,6 +61,7 @@ class Dispatcher:
         self._rows = [_Row(node, node.overflow if live else "block") for node in topology]
         self._max_age_ns = max_age_ns
         self._jobs: dict[int, Job] = {}
+        self._retired: set[bytes] = set()  # workers that are given nothing more
         self._granted = 0  # frames the front may still send
         self.next_in = 0
         self.ended = False
@@ -108,8 +109,17 @@ class Dispatcher:
         """A worker can be given frames."""
         self._rows[row].workers.setdefault(worker, {})
 
+    def retire(self, worker: bytes) -> None:
+        """A worker is to finish what it holds, and gets nothing more."""
+        self._retired.add(worker)
+
+    def is_idle(self, worker: bytes) -> bool:
+        """True if a worker holds nothing."""
+        return not any(row.workers.get(worker) for row in self._rows)
+
     def gone(self, worker: bytes) -> None:
         """A worker is dead: what it held is the next to be done, by whoever is ready."""
+        self._retired.discard(worker)
         for row in self._rows:
             held = list(row.workers.pop(worker, {}).values())
             for job in held[:1]:  # the others it had not begun
@@ -125,8 +135,9 @@ class Dispatcher:
     def assign(self) -> Iterator[tuple[bytes, Job]]:
         """Give waiting frames to workers with room for them, the idlest first."""
         for number, row in enumerate(self._rows):
-            while row.waiting and row.workers and self._room_after(number):
-                worker = min(row.workers, key=lambda name: len(row.workers[name]))
+            workers = [worker for worker in row.workers if worker not in self._retired]
+            while row.waiting and workers and self._room_after(number):
+                worker = min(workers, key=lambda name: len(row.workers[name]))
                 if len(row.workers[worker]) >= HELD_BY_WORKER:
                     break
                 job = row.waiting.popleft()

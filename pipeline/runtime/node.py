@@ -97,7 +97,9 @@ def _outlive_not(task: NodeTask) -> None:
     while os.getppid() == task.supervisor_pid:
         time.sleep(ORPHAN_CHECK_S)
     shutil.rmtree(task.run_dir, ignore_errors=True)
-    sockets.remove_stale(task.config.publish.endpoint or "")
+    publish = task.config.publish
+    sockets.remove_stale(publish.endpoint or "")
+    sockets.remove_stale(publish.frames or "", ours=task.row == 0)
     os._exit(1)
 
 
@@ -163,6 +165,7 @@ def _run_front(task: NodeTask, flow: Flow, socket: NodeSocket, wake: int) -> Non
         socket.send(Word("ready"))
         while True:
             inlet.awake()
+            tap.listen()
             item = inlet.take(granted > 0)
             if isinstance(item, Shed):
                 socket.send(Word("lost", item.first, item.end, stage="source", text=item.reason))

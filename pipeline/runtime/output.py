@@ -19,14 +19,14 @@ class Output:
         config: str,
         heartbeat_s: float,
     ) -> None:
-        self._send, self._sensor_id, self._config = send, sensor_id, config
+        self._send, self._sensor_id, self.config = send, sensor_id, config
         self._heartbeat_ns = round(heartbeat_s * 1e9)
         self._next_heartbeat_ns = time.monotonic_ns() + self._heartbeat_ns
         self._account = Account()
 
     def start(self) -> None:
         """Say that a run begins."""
-        self._send_event("irst.start/1", config=self._config)
+        self._send_event("irst.start/1", config=self.config)
 
     @property
     def frames(self) -> int:
@@ -43,7 +43,7 @@ class Output:
             stage_ns=trace.stage_ns,
             age_ns=time.monotonic_ns() - trace.t_ingest_ns,
             gap=self._account.gap,
-            config=self._config,
+            config=self.config,
         )
         try:
             model = check_wire(targets)

@@ -9,8 +9,9 @@ from pipeline.config import PipelineConfig
 from pipeline.messages import Trace, Wire
 from pipeline.runtime.flow import build_flow
 from pipeline.runtime.memory import keep_freed_memory
+from pipeline.runtime.outlet import Messages
 from pipeline.runtime.output import Output
-from pipeline.runtime.supervisor import Messages, Supervisor
+from pipeline.runtime.supervisor import Supervisor
 
 
 def over_zeromq(config: PipelineConfig, source: Source) -> Messages:

@@ -10,27 +10,26 @@ import math
 import multiprocessing
 import tempfile
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from pipeline.config import PipelineConfig
 from pipeline.errors import PipelineError, RunError
-from pipeline.messages import Dropped, Trace, Wire
 from pipeline.physics.sensor import Sensor
-from pipeline.runtime.account import Reorder
 from pipeline.runtime.children import Child, Children
 from pipeline.runtime.dead_letters import DeadLetters
 from pipeline.runtime.dispatch import Dispatcher, Job
 from pipeline.runtime.node import Mode, NodeTask, hub_endpoint, run_node
-from pipeline.runtime.output import Output
+from pipeline.runtime.outlet import Messages, Outlet
+from pipeline.runtime.swap import Reloader
 from pipeline.runtime.telemetry import Telemetry
 from pipeline.transport import codec
 from pipeline.transport.hub import FROM_NODE, HubSocket, Word, read_word
-from pipeline.transport.publish import STALL_S, Publisher
+from pipeline.transport.publish import STALL_S, Publisher, Stuck
 from pipeline.transport.security import ServerKeys
+from pipeline.transport.sockets import remove_stale
 
 DRAIN_S = 3.0
 LISTEN_MS = 10
@@ -38,8 +37,6 @@ HOUSEKEEPING_S = 0.05
 ABSENT_S = 1.0
 END_S = 1.0
 MAX_HEARD = 256
-
-Messages = Iterator[tuple[dict[str, Any], Wire]]
 
 
 class NodeFailure(PipelineError):
@@ -61,13 +58,12 @@ class Supervisor:
         self._dispatcher = Dispatcher(config.topology, age_ns)
         self._children = Children(run_node, config.supervisor, self._on_gone)
         self._taken = multiprocessing.get_context("spawn").RawValue("q", 0)
-        self._reorder = Reorder()
-        self._waiting: deque[tuple[dict[str, Any], Wire]] = deque()
         self._started = False
         self._stopping = False
         self._drained_by = math.inf
         self._next_housekeeping = 0.0
-        self._failure: NodeFailure | None = None  # after which the stream still ends
+        self._reloader = Reloader(self._children, self._dispatcher)
+        self._failure: PipelineError | None = None  # after which the stream still ends
         self._dead_letters = DeadLetters(config.dead_letters, config.digest)
         self.telemetry = Telemetry()
 
@@ -76,7 +72,8 @@ class Supervisor:
     def __enter__(self) -> Self:
         publish = self._config.publish
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.telemetry.served(self._config.telemetry.metrics))
+            metrics = self._config.telemetry.metrics if self._mode == "live" else None
+            stack.enter_context(self.telemetry.served(metrics))
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="irst-"))  # mode 0700
             self._hub = HubSocket(hub_endpoint(Path(folder)))
             stack.callback(self._hub.close)
@@ -88,10 +85,13 @@ class Supervisor:
                 keys=ServerKeys.load(publish.keys) if publish.keys else None,
             )
             stack.callback(self._publisher.close)
-            self._output = Output(
-                self._publish, self._sensor.id, self._config.digest, publish.heartbeat_s
-            )
+            self._outlet = Outlet(
+                self._config, self._sensor.id, self._publisher, self._dead_letters,
+                self.telemetry, self._children.be_patient,
+            )  # fmt: skip
+            stack.callback(remove_stale, publish.frames or "")  # of a front that was killed
             stack.callback(self._children.kill)
+            stack.callback(self._reloader.close)
             for row, node in enumerate(self._config.topology):
                 task = NodeTask(
                     config=self._config,
@@ -128,6 +128,10 @@ class Supervisor:
         """Ask the source to end; what is under way is still published. Safe in a signal handler."""
         self._stopping = True
 
+    def reload(self, read: Callable[[], PipelineConfig]) -> None:
+        """Go on with what `read` gives, see `swap`. Safe in a signal handler."""
+        self._reloader.ask(read)
+
     # --- the loop --------------------------------------------------------------------------
 
     def messages(self) -> Messages:
@@ -135,24 +139,38 @@ class Supervisor:
 
         Raises NodeFailure if a node could not go on, RunError if one died more often than allowed.
         """
-        while not self._turn():
-            yield from self._drain()
-        yield from self._drain()
-        self._output.end(self._dispatcher.next_in)
-        yield from self._drain()
-        if self._mode == "replay":
-            self._publisher.wait_acknowledged(self._output.frames, STALL_S)
+        while not self._turn_or_end():
+            yield from self._outlet.taken()
+        yield from self._outlet.taken()
+        self._outlet.output.end(self._dispatcher.next_in)
+        yield from self._outlet.taken()
         if self._failure is not None:
             raise self._failure
+        if self._mode == "replay":
+            self._publisher.wait_acknowledged(self._outlet.output.frames, STALL_S)
+
+    def _turn_or_end(self) -> bool:
+        """`_turn`; what ends a run that has started still ends its stream with totals."""
+        try:
+            return self._turn()
+        except Stuck:
+            raise
+        except PipelineError as error:
+            if not self._started:
+                raise
+            self._failure = error
+            self._give_up("the run failed")
+            self._outlet.put_all(self._dispatcher.outcomes)
+            return True
 
     def _turn(self) -> bool:
         """Listen, keep house, hand out and publish once; True when the stream is over."""
-        heard = self._hub.receive(LISTEN_MS)
+        wait_ms = LISTEN_MS
         for _ in range(MAX_HEARD):
-            if heard is None:
+            if (heard := self._hub.receive(wait_ms)) is None:
                 break
             self._hear(*heard)
-            heard = self._hub.receive(0)
+            wait_ms = 0
         if (now := time.monotonic()) >= self._next_housekeeping:
             if now > self._next_housekeeping + ABSENT_S:
                 self._children.be_patient()
@@ -164,14 +182,17 @@ class Supervisor:
         front = self._children.all[0]
         if self._started and front.ready and (room := self._dispatcher.grant()):
             self._hub.send(front.identity, Word("grant", room))
-        self._collect()
+        self._outlet.put_all(self._dispatcher.outcomes)
         return self._dispatcher.ended and not len(self._dispatcher)
 
     def _keep_house(self, now: float) -> None:
         self._next_housekeeping = now + HOUSEKEEPING_S
         self._children.watch()
+        if self._started and (config := self._reloader.look_after(self._config, self._hub)):
+            self._config = config
+            self._outlet.output.config = config.digest
         self._publisher.listen()
-        self._output.beat()
+        self._outlet.output.beat()
         if not self._started:
             self._start_when_ready()
         if self._stopping:
@@ -184,7 +205,7 @@ class Supervisor:
         ready = all(child.ready for child in self._children.all)
         if ready and self._publisher.subscribers >= self._config.publish.wait_for:
             self._started = True
-            self._output.start()
+            self._outlet.output.start()
 
     def _drain_by(self, now: float) -> None:
         """End the source, and, if what is under way takes too long, give that up by name."""
@@ -195,22 +216,29 @@ class Supervisor:
                 self._hub.send(front.identity, Word("stop"))
                 return
         if not (self._started and front.ready) or now > self._drained_by:
-            reason = "not done when the run was told to end"
-            self._dispatcher.lose(self._dispatcher.next_in, self._taken.value, "front", reason)
-            self._dispatcher.give_up_all(reason)
-            self._dispatcher.end(self._dispatcher.next_in)
+            self._give_up("not done when the run was told to end")
+
+    def _give_up(self, reason: str) -> None:
+        """End the stream; what is under way is lost by name."""
+        self._dispatcher.lose(self._dispatcher.next_in, self._taken.value, "front", reason)
+        self._dispatcher.give_up_all(reason)
+        self._dispatcher.end(self._dispatcher.next_in)
 
     # --- what nodes say --------------------------------------------------------------------
 
     def _hear(self, identity: bytes, parts: list[Any]) -> None:
         child = self._children.find(identity)
         if child is None:
-            return  # a process that is dead, or a stranger
+            self._reloader.hear(identity, parts)
+            return  # if not a new worker, then a process that is dead, or a stranger
         child.heard_s = time.monotonic()
         try:
             word = read_word(parts[0] if parts else b"", FROM_NODE)
         except codec.CodecError as error:
             self._dead_letters.keep(parts, f"from node {child.name}: {error}")
+            child.last_words = f"it said what is no word ({error})"
+            if child.process is not None:
+                child.process.kill()  # what else it would say cannot be relied on
             return
         if word.kind == "ready":
             child.ready = True
@@ -268,35 +296,3 @@ class Supervisor:
             )
         reason = "the front node died"
         self._dispatcher.lose(self._dispatcher.next_in, self._taken.value, "front", reason)
-
-    # --- what goes out ---------------------------------------------------------------------
-
-    def _collect(self) -> None:
-        outcomes = self._dispatcher.outcomes
-        while outcomes:
-            outcome = outcomes.popleft()
-            for ready in self._reorder.push(*self._report(outcome)):
-                self._output.put(*ready)
-
-    def _report(self, outcome: Job | Dropped) -> tuple[Any, Trace]:
-        if isinstance(outcome, Dropped):
-            return outcome, Trace(0, {})
-        try:
-            message, trace, _ = codec.decode(outcome.parts)
-            if isinstance(message, Dropped) or message.info.seq != outcome.seq:
-                raise codec.CodecError("not the frame it is said to be")
-        except codec.CodecError as error:
-            self._dead_letters.keep(outcome.parts, f"frame {outcome.seq} at the output: {error}")
-            reason = f"malformed message: {error}"[:200]
-            return Dropped(outcome.seq, "transport", reason), Trace(outcome.t_ingest_ns, {})
-        return message, trace
-
-    def _publish(self, message: dict[str, Any], model: Wire) -> None:
-        # While a subscriber holds a replay back, silence of the nodes is no fault of theirs.
-        self._publisher.publish(message, self._children.be_patient)
-        self.telemetry.count(message)
-        self._waiting.append((message, model))
-
-    def _drain(self) -> Messages:
-        while self._waiting:
-            yield self._waiting.popleft()

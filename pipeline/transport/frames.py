@@ -3,6 +3,7 @@
 A recorder that is too slow misses frames, which it sees by their numbers; it slows nobody.
 """
 
+import logging
 import time
 
 import msgpack
@@ -14,7 +15,9 @@ from pipeline.physics.sensor import Sensor
 from pipeline.transport import codec
 from pipeline.transport.sockets import bind, new_socket, reason
 
-QUEUE = 16
+QUEUE = 64
+PATIENCE_S = 5.0
+log = logging.getLogger(__name__)
 
 
 class FramePublisher:
@@ -26,13 +29,17 @@ class FramePublisher:
         if endpoint is not None:
             self._socket = new_socket(zmq.XPUB)
             self._socket.setsockopt(zmq.SNDHWM, QUEUE)
+            self._socket.setsockopt(zmq.XPUB_WELCOME_MSG, b"welcome")
             self._hold = bind(self._socket, endpoint)
+
+    def listen(self) -> None:
+        """Welcome who has come: libzmq does it when the socket is used."""
+        while self._socket is not None and self._socket.poll(0):
+            self._socket.recv()
 
     def publish(self, frame: Frame) -> None:
         """Hand the frame to everybody who has room for it."""
         if self._socket is not None:
-            while self._socket.poll(0):
-                self._socket.recv()  # who comes and goes: nothing to do
             parts = codec.encode(frame, Trace(0, {}), time.monotonic_ns())
             self._socket.send_multipart([self._sensor, *parts], zmq.NOBLOCK, copy=False)
 
@@ -56,6 +63,14 @@ class FrameSubscriber:
             self._socket.close()
             raise PipelineError(f"{endpoint}: not an endpoint ({reason(error)})") from error
 
+    def wait_connected(self) -> None:
+        """Return once every frame from now on will come; the publisher says so."""
+        waited_s = 0.0
+        while not self._socket.poll(round(PATIENCE_S * 1000)):
+            waited_s += PATIENCE_S
+            log.warning("waiting for frames for %.0f s; is the run up?", waited_s)
+        self._socket.recv_multipart()
+
     def receive(self, timeout_s: float) -> tuple[Frame, Sensor] | None:
         """The next frame and its sensor, None if none came in time.
 
@@ -64,6 +79,8 @@ class FrameSubscriber:
         if not self._socket.poll(round(timeout_s * 1000)):
             return None
         described, *parts = [part.buffer for part in self._socket.recv_multipart(copy=False)]
+        if not parts:
+            return None  # a welcome: the front was started again
         message, _, _ = codec.decode(parts)
         if not isinstance(message, Frame):
             raise codec.CodecError(f"type: {type(message).__name__} is not a Frame")

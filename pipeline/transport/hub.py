@@ -5,7 +5,7 @@ with it. A node says only what it is asked for: the front sends as many frames a
 a worker answers what it was given. So no queue is hidden in a socket, where a death would lose it.
 """
 
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import msgpack
@@ -38,7 +38,8 @@ class Word:
 
     def pack(self) -> bytes:
         """As the first part of a message."""
-        packed: bytes = msgpack.packb(astuple(self))
+        values = self.kind, self.seq, self.end, self.t_ns, self.stage, self.text, self.code
+        packed: bytes = msgpack.packb(values)
         return packed
 
 

@@ -28,6 +28,10 @@ Tick = Callable[[], None]
 """Called while waiting, at least ten times a second; raises to give the wait up."""
 
 
+class Stuck(RunError):
+    """A subscriber that must not lose anything takes nothing."""
+
+
 class Publisher:
     """Publishes maps of plain types on the topic `targets.<sensor_id>`.
 
@@ -71,7 +75,7 @@ class Publisher:
             raise
 
     def publish(self, message: dict[str, Any], tick: Tick) -> None:
-        """Send one message to all; RunError if, lossless, one takes nothing for a minute."""
+        """Send one message to all; Stuck if, lossless, one takes nothing for a minute."""
         parts = [self._topic, pack_wire(message)]
         deadline = time.monotonic() + STALL_S
         while not self._sent(parts):
@@ -83,7 +87,7 @@ class Publisher:
                 self._socket.setsockopt(zmq.XPUB_NODROP, 1)
                 break
             if time.monotonic() > deadline:
-                raise RunError(f"a subscriber has taken nothing for {STALL_S} s")
+                raise Stuck(f"a subscriber has taken nothing for {STALL_S} s")
             tick()
             time.sleep(0.001)
         self.listen()

@@ -90,8 +90,7 @@ def _ipc_path(endpoint: str) -> Iterator[None]:
         try:
             yield
         finally:
-            for left in (path, path + ".lock"):
-                Path(left).unlink(missing_ok=True)
+            _unlink(path)
 
 
 def _locked(path: Path) -> IO[bytes]:
@@ -110,8 +109,20 @@ def _locked(path: Path) -> IO[bytes]:
         lock.close()
 
 
-def remove_stale(endpoint: str) -> None:
-    """Remove what a process that was killed has left of an ipc endpoint; one in use stays."""
-    if endpoint.startswith("ipc://"):
+def remove_stale(endpoint: str, *, ours: bool = False) -> None:
+    """Remove what a process that was killed has left of an ipc endpoint; one in use stays.
+
+    ours: it is this process that uses it, and is about to end.
+    """
+    if not endpoint.startswith("ipc://"):
+        return
+    if ours:
+        _unlink(endpoint.removeprefix("ipc://"))
+    else:
         with contextlib.suppress(PipelineError), _ipc_path(endpoint):
             pass
+
+
+def _unlink(path: str) -> None:
+    for left in (path, path + ".lock"):
+        Path(left).unlink(missing_ok=True)

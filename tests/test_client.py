@@ -1,0 +1,86 @@
+"""What a subscriber is told, beside the messages: what it missed, and what it cannot read."""
+
+import time
+
+import pytest
+
+from pipeline.client import Subscriber
+from pipeline.errors import RunError
+from pipeline.transport.publish import Publisher
+
+
+@pytest.fixture
+def endpoint(tmp_path):
+    return f"ipc://{tmp_path}/out"
+
+
+@pytest.fixture
+def publisher(endpoint):
+    publisher = Publisher([endpoint], "roof", 100, lossless=True)
+    yield publisher
+    publisher.abandon()
+    publisher.close()
+
+
+def send(publisher, *messages):
+    until = time.monotonic() + 20
+    while not publisher.subscribers:
+        publisher.listen(50)
+        assert time.monotonic() < until
+    for message in messages:
+        publisher.publish({"sensor_id": "roof", **message}, lambda: None)
+
+
+def gap(seq):
+    return {"schema": "irst.gap/1", "frame_seq": seq, "stage": "crop", "reason": "odd"}
+
+
+START = {"schema": "irst.start/1", "config": "cafe"}
+
+
+def end(frames):
+    lost = [{"stage": "crop", "reason": "odd", "frames": frames}]
+    return {"schema": "irst.eos/1", "frames_in": frames, "published": 0, "dropped": lost}
+
+
+def received(subscriber):
+    return list(iter(lambda: subscriber.receive(0.5), None))
+
+
+def test_what_a_subscriber_missed_comes_as_gaps_of_its_own(publisher, endpoint):
+    subscriber = Subscriber(endpoint)
+    send(publisher, START, gap(0), gap(1), gap(5))
+    told = [(m["frame_seq"], m["stage"]) for m in received(subscriber) if "frame_seq" in m]
+    missed = [(seq, "subscriber") for seq in (2, 3, 4)]
+    assert told == [(0, "crop"), (1, "crop"), *missed, (5, "crop")]
+    subscriber.close()
+
+
+def test_who_comes_late_has_missed_nothing_and_is_not_waited_for(publisher, endpoint):
+    subscriber = Subscriber(endpoint)
+    send(publisher, gap(7), gap(8), end(9))
+    told = [m["frame_seq"] for m in received(subscriber) if "frame_seq" in m]
+    assert told == [7, 8]
+    publisher.listen(200)
+    publisher.wait_acknowledged(9, 1.0)
+    subscriber.close()
+
+
+def test_the_end_is_acknowledged_with_what_was_had(publisher, endpoint):
+    subscriber = Subscriber(endpoint)
+    send(publisher, START, gap(0), gap(2), end(3))
+    assert received(subscriber)[-1]["schema"] == "irst.eos/1"
+    with pytest.raises(RunError, match="had 2 of 3"):
+        publisher.wait_acknowledged(3, 5.0)
+    subscriber.close()
+
+
+def test_a_version_that_is_not_known_is_refused_and_said_once(publisher, endpoint, caplog):
+    subscriber = Subscriber(endpoint)
+    newer = {"schema": "irst.targets/2", "frame_seq": 1}
+    send(publisher, START, newer, newer, {"schema": "irst.gap/1"}, gap(0))
+    assert [m["schema"] for m in received(subscriber)] == ["irst.start/1", "irst.gap/1"]
+    assert subscriber.rejected == 3
+    assert caplog.text.count("refused") == 1
+    assert "irst.targets/2" in caplog.text
+    subscriber.close()
