@@ -28,6 +28,11 @@ TRAINED = {
     "SRFBN": ("srfbn", {"features": 4, "groups": 2}),
     "off the grid": ("off_grid", {"channels": 8, "blocks": 1}),
     "off the grid, any sensor": ("off_grid_any", {"channels": 8, "blocks": 1, "hidden": 4}),
+    "off the grid, mixture": (
+        "off_grid",
+        {"channels": 8, "blocks": 1, "likelihood": "mixture"},
+    ),
+    "off the grid, unfolded": ("dista_off_grid", {**DISTA, "read_channels": 8}),
     "SAN": ("san", {"groups": 2, "blocks": 1, "features": 16, "reduction": 2}),
 }
 SOLVER = {"ISTA": ("ista", {"iterations": 20})}
@@ -73,6 +78,7 @@ def pairs(
         # and these are ours
         ("off_grid", 170_271),
         ("off_grid_any", 177_263),
+        ("dista_off_grid", 2_217_703),
         ("ista", 0),
     ],
 )

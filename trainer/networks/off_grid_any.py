@@ -41,8 +41,9 @@ class OffGridAny(off_grid.OffGrid):
             nn.Linear(1, config.hidden), nn.Tanh(), nn.Linear(config.hidden, 2 * n * blocks)
         )
 
-    def _features(self, patch_BPHW: Tensor) -> Tensor:
-        signal, noise, sigma = patch_BPHW.unbind(dim=1)
+    def features(self, patch: Tensor) -> Tensor:
+        """(B, channels, n, n)."""
+        signal, noise, sigma = patch.unbind(dim=1)
         sigma = (sigma - MIDDLE_PX) / SPREAD_PX
         known = torch.log(noise.clamp(min=NOISE_FLOOR)) / 3.0 + 1.0  # about −1 to 1
         told = self.told(sigma[:, :1, 0]).unflatten(1, (len(self.blocks), 2, -1))[..., None, None]
