@@ -137,7 +137,8 @@ class Unmixed:
     xy_px: NDArray[np.float64]  # (M, 2)
     intensity: NDArray[np.float64]  # (M,) counts
     refined: NDArray[np.bool_]  # (M,) fitted to the counts, no longer on the network's grid
-    p_exist: NDArray[np.float64]  # (M,) this and the next two: NaN where the method does not say
+    p_exist: NDArray[np.float64]  # (M,) this and the next three: NaN where it is not said
+    p_count: NDArray[np.float64]  # (M,) that the patch holds this and those before it, at least
     cov_px2: NDArray[np.float64]  # (M, 3) xx, xy, yy
     intensity_sigma: NDArray[np.float64]  # (M,) counts
     joint_px2: NDArray[np.float64]  # (B, 2K, 2K) of x, y of a patch's refined targets, NaN: unsaid

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.component import Truth
-from pipeline.physics.score import cso_map, match_at_gate
+from pipeline.physics.score import cso_map, expected_hits, match_at_gate
 
 PD_GATE_PX = 0.25
 FALSE_ALARM_GATE_PX = 1.0
@@ -42,8 +42,7 @@ class Summary:
             self.dropped.append(message)
         elif schema == "irst.targets/1":
             columns = message["targets"]
-            rows = np.array([columns["x_px"], columns["y_px"], columns["intensity"]]).T
-            self.found[message["frame_seq"]] = rows.reshape(-1, 3)
+            self.found[message["frame_seq"]] = rows = _rows(columns)
             self.targets += len(rows)
             self.groups += len(message["groups"]["id"])
             for stage, ns in message["stage_ns"].items():
@@ -64,6 +63,13 @@ class Summary:
             and self.end["published"] == self.frames
             and _lost(self.end) == len(self.dropped)
         )
+
+
+def _rows(columns: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """Targets (n, 3) of a message as x px, y px and score: how many thresholds they should meet."""
+    cov_px2 = np.array(columns["cov_px2"], dtype=np.float64).reshape(-1, 3)
+    hits = expected_hits((cov_px2[:, 0] + cov_px2[:, 2]) / 2.0)
+    return np.column_stack([columns["x_px"], columns["y_px"], hits * columns["p_exist"]])
 
 
 def adds_up(end: dict[str, Any]) -> bool:

@@ -172,7 +172,7 @@ class Chaos:
             socket.close()
 
     def _swap(self) -> None:
-        engine = self._rng.choice(["off_grid_field", "dista_net_field"])
+        engine = self._rng.choice(["off_grid_any", "dista_net_field"])
         self._config.write_text(f"{self._text}engine: {engine}\n")
         self._run.send_signal(signal.SIGUSR1)
 

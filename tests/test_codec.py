@@ -45,6 +45,7 @@ def unmixed() -> Unmixed:
         intensity=np.array([10.0, 20.0]),
         refined=np.array([True, False]),
         p_exist=np.array([1.0, 0.9]),
+        p_count=np.array([1.0, np.nan]),
         cov_px2=np.array([[0.01, 0.0, 0.02], [np.nan] * 3]),
         intensity_sigma=np.array([2.0, np.nan]),
         joint_px2=np.array([[[0.01, 0.0], [0.0, 0.02]], *[[[np.nan] * 2] * 2] * 2]),

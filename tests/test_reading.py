@@ -6,7 +6,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.stats import norm
 
 from pipeline.physics.cell_targets import SPEAKING, count_at_least, read_cell_targets
-from trainer.reading import Reading, detections, expected_hits, read_maps
+from pipeline.physics.score import expected_hits
+from trainer.reading import Reading, detections, read_maps
 
 SPREAD = (0.04, 0.1)
 CELLS = Reading("cell-targets", 3, 0.5)
@@ -47,7 +48,8 @@ def test_a_sure_cell_is_a_target_where_it_says():
     found = read(maps)
     assert_array_equal(found.image, [0, 2, 2])
     assert_allclose(found.xy_px, [[5.03, 4.97], [4.1, 5.2], [5.1, 5.2]], atol=1e-6)
-    assert (found.p_exist > 0.98).all()
+    assert_allclose(found.p_exist, [0.99, 0.98, 0.97], atol=1e-6)
+    assert (found.p_count > 0.98).all()
     assert_allclose(found.cov_px2, [[0.02**2, 0, 0.02**2]] * 3, rtol=1e-5, atol=1e-12)
     assert_allclose(found.intensity_sigma, 0.05, rtol=1e-6)
     rows = detections(read_maps(maps, UNITS, CELLS), 3)
@@ -62,7 +64,8 @@ def test_a_target_between_cells_is_one_target_with_their_spread():
     found = read(maps)
     assert_allclose(found.xy_px, [[5.14, 5.0]], atol=1e-6)
     assert_allclose(found.intensity, [0.92], rtol=1e-5)
-    assert found.p_exist[0] > 0.95
+    assert_allclose(found.p_exist, [1.0], rtol=1e-5)
+    assert found.p_count[0] > 0.95
     across = 0.6 * 0.04**2 + 0.4 * 0.06**2
     assert_allclose(found.cov_px2, [[0.03**2 + across, 0, 0.03**2]], rtol=1e-4, atol=1e-9)
 
@@ -73,7 +76,8 @@ def test_two_targets_share_the_cell_between_them():
     say(maps, 0, (16, 16), 0.6, 5.00, 5.0)
     say(maps, 0, (16, 18), 0.7, 5.25, 5.0)
     found = read(maps)
-    assert len(found.image) == 2 and (found.p_exist > 0.9).all()
+    assert len(found.image) == 2 and (found.p_count > 0.9).all()
+    assert_allclose(np.sort(found.p_exist), [1.0, 1.0], atol=1e-6)
     assert found.xy_px[:, 0].min() < 4.9 and found.xy_px[:, 0].max() > 5.1
 
 
@@ -82,8 +86,9 @@ def test_as_many_targets_as_the_probabilities_add_up_to(p, number):
     maps = said()
     say(maps, 0, (10, 10), p, 3.0, 3.0)
     found = read(maps)
-    assert (found.p_exist >= 0.5).sum() == number
-    assert_allclose(found.p_exist, count_at_least(np.array([[p]]), 1, SPREAD)[0])
+    assert (found.p_count >= 0.5).sum() == number
+    assert_allclose(found.p_exist, p, rtol=1e-6)
+    assert_allclose(found.p_count, count_at_least(np.array([[p]]), 1, SPREAD)[0])
 
 
 def test_a_target_that_may_be_there_is_read_as_unlikely():
@@ -94,7 +99,7 @@ def test_a_target_that_may_be_there_is_read_as_unlikely():
     found = read(maps)
     assert_array_equal(found.image, [0, 0, 1])
     assert_allclose(found.xy_px[1], 6.5, atol=1e-6)
-    assert 0.02 < found.p_exist[1] < 0.5
+    assert 0.02 < found.p_count[1] < 0.5
     assert [len(part) for part in detections(read_maps(maps, UNITS, CELLS), 2)] == [1, 1]
 
 

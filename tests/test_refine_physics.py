@@ -24,7 +24,7 @@ def windows(group, number, seed=1):
     return Window(counts, np.full_like(counts, LEVEL), np.ones(counts.shape, bool))
 
 
-def said(group, number, rng, sigma_px=0.05, sigma_counts=100.0, p_exist=0.9):
+def said(group, number, rng, sigma_px=0.05, sigma_counts=100.0, p_exist=0.97):
     """What a network with honest sigmas would say of each patch."""
     table = np.repeat(group[None], number, axis=0)
     table = table + rng.normal(size=table.shape) * [sigma_px, sigma_px, sigma_counts]
@@ -32,6 +32,7 @@ def said(group, number, rng, sigma_px=0.05, sigma_counts=100.0, p_exist=0.9):
     rows = table.reshape(-1, 3)
     return Candidates.unsure(patch, rows[:, :2], rows[:, 2])._replace(
         p_exist=np.full(len(patch), p_exist),
+        p_count=np.full(len(patch), p_exist),
         cov_px2=np.tile([sigma_px**2, 0.0, sigma_px**2], (len(patch), 1)),
         intensity_sigma=np.full(len(patch), sigma_counts),
     )
@@ -53,7 +54,7 @@ def test_errors_are_as_large_as_the_covariance_says(rng):
 def test_existence_is_kept_and_the_number_too(rng):
     found = refine(windows(PAIR, 3), said(PAIR, 3, rng), SENSOR).candidates
     assert_array_equal(found.patch, [0, 0, 1, 1, 2, 2])
-    assert_allclose(found.p_exist, 0.9)
+    assert_allclose(found.p_exist, 0.97)
 
 
 def test_what_is_known_beforehand_narrows_what_the_counts_leave_open(rng):
@@ -160,10 +161,10 @@ def test_known_intensities_tell_how_many_there_are(rng, number):
     mean = render(four[:number, :2], four[:number, 2], (11, 11), sensor.sigma_px)
     counts = measure(mean[None], sensor, NumpyRandom(1))
     window = Window(counts, np.zeros_like(counts), np.ones(counts.shape, bool))
-    doubtful = said(four, 1, rng, sigma_counts=10.0)._replace(p_exist=np.array([1, 1, 0.99, 0.5]))
+    doubtful = said(four, 1, rng, sigma_counts=10.0)._replace(p_count=np.array([1, 1, 0.99, 0.5]))
     rules = Priors(intensity=(220.0, 250.0), separation_px=0.494, background_known=True)
     found = refine(window, doubtful, sensor, rules).candidates
-    assert (found.p_exist >= 0.5).sum() == number
+    assert (found.p_count >= 0.5).sum() == number
     assert found.refined[:number].all()
     without = refine(window, doubtful, sensor).candidates
-    assert_array_equal(without.p_exist, doubtful.p_exist)
+    assert_array_equal(without.p_count, doubtful.p_count)

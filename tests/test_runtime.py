@@ -382,7 +382,7 @@ def engines_of(subscriber: Subscriber, until: Callable[[set[str]], bool]) -> lis
 def test_another_engine_takes_over_without_losing_a_frame(run_dir):
     scene = SCENE.format(rate=10, folder=run_dir).replace("{name", "{max_age_ms: 20000, name")
     scene += "topology: {front: {queue: 100}}\n"
-    process = start(run_dir, scene + "engine: off_grid_field\n")
+    process = start(run_dir, scene + "engine: off_grid_any\n")
     first_status(process)
     subscriber = Subscriber(f"ipc://{run_dir}/out")
     engines_of(subscriber, lambda seen: len(seen) == 2)
@@ -394,7 +394,7 @@ def test_another_engine_takes_over_without_losing_a_frame(run_dir):
     assert engines == sorted(engines, key=engines.index), "one after the other"
     assert process.stderr
     assert "has taken over" in process.stderr.readline()
-    for wrong in ("engine: none_such\n", "engine: dista_net_wide\n", "report: {min_snr: x}\n"):
+    for wrong in ("engine: none_such\n", "engine: off_grid\n", "report: {min_snr: x}\n"):
         (run_dir / "config.yaml").write_text(scene + wrong)
         process.send_signal(signal.SIGUSR1)
         assert "the run goes on as it was" in process.stderr.readline()

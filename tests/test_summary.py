@@ -15,7 +15,8 @@ def found(seq, xy_px):
     return {
         "schema": "irst.targets/1",
         "frame_seq": seq,
-        "targets": columns | {"intensity": [100.0] * len(xy_px)},
+        "targets": columns
+        | {"cov_px2": [[0.01, 0.0, 0.01]] * len(xy_px), "p_exist": [0.9] * len(xy_px)},
         "groups": {"id": [0]},
         "stage_ns": {"detect": 5},
         "age_ns": 9,

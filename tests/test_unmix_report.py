@@ -126,14 +126,15 @@ def test_a_network_off_the_grid_says_where_how_sure_and_how_well():
     unmixed = Unmix(Unmix.Config(), SENSOR, engine).process(patches)
     assert unmixed.patch.tolist() == [0, 1, 1]
     assert_allclose(unmixed.xy_px, [[5.04, 54.9], [105.3, 55.1], [104.8, 55.1]], atol=1e-6)
-    p_exist = count_at_least(said[:, 0].reshape(2, -1), 2, UNMEASURED_SPREAD)
-    assert_allclose(unmixed.p_exist, [p_exist[0, 0], *p_exist[1]], rtol=1e-6)
+    p_count = count_at_least(said[:, 0].reshape(2, -1), 2, UNMEASURED_SPREAD)
+    assert_allclose(unmixed.p_exist, [0.9, 0.95, 0.85], rtol=1e-6)
+    assert_allclose(unmixed.p_count, [p_count[0, 0], *p_count[1]], rtol=1e-6)
     report = Report(Report.Config(min_snr=0.0), SENSOR).process(unmixed)
     assert_array_equal(report.p_exist, unmixed.p_exist)
-    assert_allclose(report.count_posterior[0, :2], [1.0 - p_exist[0, 0], p_exist[0, 0]], rtol=1e-6)
-    assert_allclose(report.count_posterior[1, 2], p_exist[1, 1])
+    assert_allclose(report.count_posterior[0, :2], [1.0 - p_count[0, 0], p_count[0, 0]], rtol=1e-6)
+    assert_allclose(report.count_posterior[1, 2], p_count[1, 1])
     assert_allclose(report.cov_px2, [[0.0009, 0, 0.0025], [0.0036, 0, 0.0036], [0.0036, 0, 0.0036]])
-    sure = Report(Report.Config(min_snr=0.0, min_p_exist=0.93), SENSOR).process(unmixed)
+    sure = Report(Report.Config(min_snr=0.0, min_p_exist=0.88), SENSOR).process(unmixed)
     assert_allclose(sure.p_exist, unmixed.p_exist[:2])
     assert len(sure.bbox_px) == 2
     peak = (patches.counts_BHW - patches.background_BHW).max(axis=(1, 2))
@@ -211,6 +212,7 @@ def unmixed_from(groups) -> Unmixed:
         intensity=table[:, 3],
         refined=np.zeros(len(table), dtype=np.bool_),
         p_exist=np.full(len(table), np.nan),
+        p_count=np.full(len(table), np.nan),
         cov_px2=np.full((len(table), 3), np.nan),
         intensity_sigma=np.full(len(table), np.nan),
         joint_px2=np.full((len(groups), 0, 0), np.nan),

@@ -121,6 +121,7 @@ SYSTEMS = (
     ),
     System("DISTA-Net, c = 5", "variants/dista_net_c5"),
     System("DISTA-Net, c = 7", "variants/dista_net_c7"),
+    System("off the grid, first 1.1 M patches (ours)", "variants/off_grid_first"),
     System("off the grid (ours)", "off_grid"),
     System("off the grid + fit (ours)", "off_grid", refined=True),
     System("the same, with the rules (ours)", "off_grid", refined=True, priors=True),

@@ -4,7 +4,6 @@ Detections of an image are (n, 7): x px, y px, score, covariance xx, xy, yy px²
 is known of it), intensity counts; the best score is where the system is surest.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from engines.manifest import UNMEASURED_SPREAD, Manifest, Output
 from pipeline.physics.candidates import LIKELY, Candidates
 from pipeline.physics.cell_targets import CountSpread, read_cell_targets
 from pipeline.physics.grid import grid_detections
-from pipeline.physics.score import THRESHOLDS_PX
+from pipeline.physics.score import THRESHOLDS_PX, expected_hits
 from pipeline.physics.sensor import Sensor
 from trainer.fit_config import DETECTION_THRESHOLD
 
@@ -60,19 +59,20 @@ def read_maps(
         peaks.intensity * unit,
         np.zeros(len(unit), dtype=np.bool_),
         peaks.p_exist,
+        peaks.p_count,
         peaks.cov_px2,
         peaks.intensity_sigma * unit,
     )
 
 
 def detections(found: Candidates, images: int) -> list[Detections]:
-    """One table for each image, of the targets that are more likely there than not.
+    """One table for each image, of as many targets as are most probable.
 
     The score is the intensity if nothing else is known of any, as published for networks on the
     grid; otherwise existence times how many of the metric's thresholds the position is expected
     to meet, one without covariance being good for the widest alone.
     """
-    found = found.take(~(found.p_exist < LIKELY))
+    found = found.take(~(found.p_count < LIKELY))
     variance = (found.cov_px2[:, 0] + found.cov_px2[:, 2]) / 2.0
     if np.isnan(variance).all():
         score = found.intensity
@@ -81,12 +81,3 @@ def detections(found: Candidates, images: int) -> list[Detections]:
         score = np.nan_to_num(found.p_exist, nan=1.0) * hits
     table = np.column_stack([found.xy_px, score, found.cov_px2, found.intensity])
     return np.split(table, np.searchsorted(found.patch, np.arange(1, images)))
-
-
-def expected_hits(
-    variance_px2: NDArray[np.float64], thresholds_px: Sequence[float] = THRESHOLDS_PX
-) -> NDArray[np.float64]:
-    """Share of the distance thresholds that a position of this variance along each axis meets."""
-    ratio = np.square(thresholds_px) / (2.0 * np.maximum(variance_px2, 1e-12)[:, None])
-    share: NDArray[np.float64] = np.mean(1.0 - np.exp(-ratio), axis=1)
-    return share

@@ -170,7 +170,7 @@ def unmixed(engine: Engine, case: Case) -> Refined:
 def _row(engine: Engine, case: Case) -> dict[str, Any]:
     number = len(case.true)
     result = unmixed(engine, case)
-    likely = result.candidates.take(~(result.candidates.p_exist < LIKELY))
+    likely = result.candidates.take(~(result.candidates.p_count < LIKELY))
     found = detections(likely, number)
     more = np.array([len(f) > len(t) for f, t in zip(found, case.true, strict=True)])
     which, error = matched_errors(found, case.true)

@@ -8,14 +8,15 @@ from numpy.typing import NDArray
 Array64 = NDArray[np.float64]
 
 LIKELY = 0.5
-"""A candidate at least so probable is a target; one below only says how sure the count is."""
+"""A candidate whose p_count is at least this is a target; others only say how sure the count is."""
 
 
 class Candidates(NamedTuple):
     """Targets of many patches, in the order of the patches; positions in patch coordinates.
 
-    NaN where nothing is known of existence, covariance or sigma. Where existence is known, a
-    patch's candidates come in falling order of it, and the k-th says how probable k or more are.
+    p_exist: that there is a target thereabouts. p_count: that its patch holds it and those before
+    it at least, so it falls within a patch. NaN where nothing is known of existence, count,
+    covariance or sigma.
     """
 
     patch: NDArray[np.integer]  # (M,) which patch
@@ -23,6 +24,7 @@ class Candidates(NamedTuple):
     intensity: Array64  # (M,) counts
     refined: NDArray[np.bool_]  # (M,) fitted to the counts
     p_exist: Array64  # (M,)
+    p_count: Array64  # (M,)
     cov_px2: Array64  # (M, 3) xx, xy, yy
     intensity_sigma: Array64  # (M,) counts
 
@@ -32,12 +34,12 @@ class Candidates(NamedTuple):
         unknown = np.full(len(patch), np.nan)
         refined = np.zeros(len(patch), dtype=np.bool_)
         cov_px2 = np.full((len(patch), 3), np.nan)
-        return cls(patch, xy_px, intensity, refined, unknown, cov_px2, unknown)
+        return cls(patch, xy_px, intensity, refined, unknown, unknown, cov_px2, unknown)
 
     @property
     def counted(self) -> bool:
         """Whether the method says how many there are."""
-        return len(self.patch) > 0 and not np.isnan(self.p_exist).any()
+        return len(self.patch) > 0 and not np.isnan(self.p_count).any()
 
     def take(self, rows: NDArray[np.bool_]) -> "Candidates":
         """Some of them."""
@@ -45,11 +47,12 @@ class Candidates(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Candidates as one row a patch, padded with zero, existence with NaN."""
+    """Candidates as one row a patch, padded with zero, the two probabilities with NaN."""
 
     present: NDArray[np.bool_]  # (B, K)
     parameters: Array64  # (B, K, 3) x, y, intensity
     p_exist: Array64  # (B, K)
+    p_count: Array64  # (B, K)
     cov_px2: Array64  # (B, K, 3)
     intensity_sigma: Array64  # (B, K)
 
@@ -65,23 +68,25 @@ def table(candidates: Candidates, patches: int, spare: int = 0) -> Table:
     count = np.bincount(patch, minlength=patches)
     column = np.arange(len(patch)) - (np.cumsum(count) - count)[patch]
     columns = int(count.max(initial=0)) + spare
-    values = np.zeros((patches, columns, 8))
-    values[..., 3] = np.nan
+    values = np.zeros((patches, columns, 9))
+    values[..., 3:5] = np.nan
     values[patch, column] = np.column_stack(
         [
             candidates.xy_px,
             candidates.intensity,
             candidates.p_exist,
+            candidates.p_count,
             candidates.cov_px2,
             candidates.intensity_sigma,
         ]
     )
     present = np.arange(columns) < count[:, None]
-    return Table(present, values[..., :3], values[..., 3], values[..., 4:7], values[..., 7])
+    p_exist, p_count = values[..., 3], values[..., 4]
+    return Table(present, values[..., :3], p_exist, p_count, values[..., 5:8], values[..., 8])
 
 
 def at_least(candidates: Candidates, patches: int, most: int) -> Array64:
     """Probability (B, most) that a patch has at least 1, 2, … targets, of candidates counted."""
     rows = table(candidates, patches, spare=most)
-    result: Array64 = np.where(rows.present, rows.p_exist, 0.0)[:, :most]
+    result: Array64 = np.where(rows.present, rows.p_count, 0.0)[:, :most]
     return result

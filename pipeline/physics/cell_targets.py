@@ -38,9 +38,9 @@ def read_cell_targets(
 
     The most probable cell first: it and its nearest within REACH_SIGMA, until their probabilities
     add up to 1, are a target; its figures are their weighted means. Then the same of what is left.
-    The k-th exists if there are k or more: `p_exist` is the probability of that, so its differences
-    are the probabilities of the counts, and those of at least a half are as many targets as the
-    cells' probabilities add up to, rounded.
+    `p_exist` is what was gathered: that there is a target thereabouts. `p_count` of the k-th is the
+    probability of k or more in the patch, so its differences are the probabilities of the counts,
+    and those of at least a half are as many targets as the cells' probabilities add up to, rounded.
     """
     batch, channels, height, width = map_BCHW.shape
     flat = map_BCHW.reshape(batch, channels, height * width)
@@ -92,9 +92,10 @@ def _gathered(left: Vector, xy_px: Vector, reach_px: float) -> Vector:
     return taken
 
 
-def _mean(row: NDArray[np.int64], weight: Vector, cells: Vector, p_exist: Vector) -> Peaks:
+def _mean(row: NDArray[np.int64], weight: Vector, cells: Vector, p_count: Vector) -> Peaks:
     """One target for each patch from its cells (B, 7, M) and their weights (B, M)."""
-    share = weight / np.maximum(weight.sum(axis=1), 1e-12)[:, None]
+    gathered = np.minimum(weight.sum(axis=1), 1.0)  # which rounding may pass
+    share = weight / np.maximum(gathered, 1e-12)[:, None]
     x, y, intensity = means = [np.sum(share * cells[:, k], axis=1) for k in (1, 2, 3)]
     dx, dy, di = (cells[:, k] - mean[:, None] for k, mean in enumerate(means, start=1))
     xx, xy, yy, ii = (
@@ -110,8 +111,9 @@ def _mean(row: NDArray[np.int64], weight: Vector, cells: Vector, p_exist: Vector
         image=row,
         xy_px=np.stack([x, y], axis=1),
         intensity=intensity,
-        value=p_exist,
-        p_exist=p_exist,
+        value=p_count,
+        p_exist=gathered,
+        p_count=p_count,
         cov_px2=np.stack([xx, xy, yy], axis=1),
         intensity_sigma=np.sqrt(ii),
     )

@@ -65,7 +65,8 @@ class Peaks(NamedTuple):
     xy_px: NDArray[np.float64]  # (N, 2)
     intensity: NDArray[np.float64]  # (N,) summed
     value: NDArray[np.float64]  # (N,) of the cell; the stronger the surer
-    p_exist: NDArray[np.float64]  # (N,) this and the next two: NaN where the network does not say
+    p_exist: NDArray[np.float64]  # (N,) this and the next three: NaN where it is not said
+    p_count: NDArray[np.float64]  # (N,) that the map holds this and those before it, at least
     cov_px2: NDArray[np.float64]  # (N, 3) xx, xy, yy
     intensity_sigma: NDArray[np.float64]  # (N,)
 
@@ -79,7 +80,8 @@ class Peaks(NamedTuple):
     ) -> "Peaks":
         """Of a map that says no more than the cell."""
         unsaid = np.full(len(image), np.nan)
-        return cls(image, xy_px, intensity, value, unsaid, np.full((len(image), 3), np.nan), unsaid)
+        unknown = np.full((len(image), 3), np.nan)
+        return cls(image, xy_px, intensity, value, unsaid, unsaid, unknown, unsaid)
 
     def take(self, rows: NDArray[np.int64]) -> "Peaks":
         """Some of them."""

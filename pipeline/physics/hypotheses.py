@@ -36,16 +36,16 @@ EVIDENCE_LIMIT = 40.0
 
 
 def recounted(window: Window, given: Table, sensor: Sensor, priors: Priors) -> Table:
-    """Existence of the last likely candidate, or of the one after it, by the evidence too.
+    """Whether there is the last likely candidate, or the one after it, by the evidence too.
 
     Only where intensities are known beforehand, as in a benchmark: without, the evidence of a
     fainter or brighter target more says nothing that the network does not say better.
     """
     if priors.intensity is None:
         return given
-    number = np.sum(given.present & (given.p_exist >= LIKELY), axis=1)
+    number = np.sum(given.present & (given.p_count >= LIKELY), axis=1)
     row = np.arange(len(number))
-    padded = np.pad(np.where(given.present, given.p_exist, 0.0), ((0, 0), (1, 1)))
+    padded = np.pad(np.where(given.present, given.p_count, 0.0), ((0, 0), (1, 1)))
     lost, gained = 1.0 - padded[row, number], padded[row, number + 1]
     spare = gained >= lost
     last = np.where(spare, number, number - 1)  # whose existence is in question
@@ -60,11 +60,11 @@ def recounted(window: Window, given: Table, sensor: Sensor, priors: Priors) -> T
         for number in (place, place + 1)
     )
     news = np.clip(with_it - without, -EVIDENCE_LIMIT, EVIDENCE_LIMIT)
-    p_exist = given.p_exist.copy()
-    before = np.clip(p_exist[asked, place], 1e-6, 1.0 - 1e-6)
-    p_exist[asked, place] = expit(logit(before) + EVIDENCE_WEIGHT * news)
+    p_exist, p_count = given.p_exist.copy(), given.p_count.copy()
+    before = np.clip(p_count[asked, place], 1e-6, 1.0 - 1e-6)
+    p_count[asked, place] = p_exist[asked, place] = expit(logit(before) + EVIDENCE_WEIGHT * news)
     # k or more are no more probable than k − 1 or more
-    return given._replace(p_exist=np.minimum.accumulate(p_exist, axis=1))
+    return given._replace(p_exist=p_exist, p_count=np.minimum.accumulate(p_count, axis=1))
 
 
 def _evidence(

@@ -97,6 +97,15 @@ def first_hits(nearest: NDArray[np.int64], close: NDArray[np.bool_]) -> NDArray[
     return hit
 
 
+def expected_hits(
+    variance_px2: NDArray[np.float64], thresholds_px: Sequence[float] = THRESHOLDS_PX
+) -> NDArray[np.float64]:
+    """Share of the distance thresholds that a position of this variance along each axis meets."""
+    ratio = np.square(thresholds_px) / (2.0 * np.maximum(variance_px2, 1e-12)[:, None])
+    share: NDArray[np.float64] = np.mean(1.0 - np.exp(-ratio), axis=1)
+    return share
+
+
 def match_at_gate(found_xy: Rows, true_xy: Rows, gate_px: float) -> NDArray[np.int64]:
     """One-to-one assignment of as many pairs within the gate as there can be, the nearest such.
 

@@ -7,7 +7,7 @@ from pipeline.imaging.fitting import MAX_CHI2, window_of, with_refined
 from pipeline.messages import Unmixed
 from pipeline.physics.candidates import Candidates
 from pipeline.physics.fit import Priors, compile_fit
-from pipeline.physics.refine import ADDITIONS, PENALTY, refine
+from pipeline.physics.refine import ADDITIONS, PENALTY, SURE, refine
 from pipeline.physics.sensor import Sensor
 
 
@@ -22,7 +22,8 @@ class Refine(Stage[Unmixed, Unmixed]):
     class Config(Settings):
         """penalty: what a target must add to twice the log-likelihood, see `select`.
 
-        starts: how many times to fit what a network off the grid has found. max_chi2: reduced, of
+        starts: how many times to fit what a network off the grid has found. sure: how probable
+        its count must be for its targets to be fitted. max_chi2: reduced, of
         a group that point sources explain. intensity (lowest and highest, counts) and separation_px
         (least): rules of a benchmark; a sensor has none.
         """
@@ -30,6 +31,7 @@ class Refine(Stage[Unmixed, Unmixed]):
         penalty: float = Field(PENALTY, ge=0.0)
         additions: int = Field(ADDITIONS, ge=0, le=8)
         starts: int = Field(1, ge=1, le=64)
+        sure: float = Field(SURE, ge=0.0, le=1.0)
         max_chi2: float = Field(MAX_CHI2, gt=1.0)
         intensity: tuple[float, float] | None = None
         separation_px: float = Field(0.0, ge=0.0)
@@ -55,6 +57,7 @@ class Refine(Stage[Unmixed, Unmixed]):
             message.intensity,
             message.refined,
             message.p_exist,
+            message.p_count,
             message.cov_px2,
             message.intensity_sigma,
         )
@@ -67,5 +70,6 @@ class Refine(Stage[Unmixed, Unmixed]):
             penalty=config.penalty,
             additions=config.additions,
             starts=config.starts,
+            sure=config.sure,
         )
         return with_refined(message, found, config.max_chi2)

@@ -16,6 +16,7 @@ from scipy.special import ndtr
 from pipeline.component import Context, Settings, Stage
 from pipeline.messages import MAX_COUNT, Angles, FrameInfo, TargetReport, Unmixed
 from pipeline.physics.bounds import cramer_rao, fisher_information
+from pipeline.physics.candidates import LIKELY
 from pipeline.physics.geometry import Geometry
 from pipeline.physics.grid import cell_variance_px2
 from pipeline.physics.sensor import Sensor
@@ -29,7 +30,8 @@ class Report(Stage[Unmixed, TargetReport]):
     class Config(Settings):
         """A target whose matched-filter SNR, its fellows known, is lower than min_snr is left out.
 
-        So is one that probably does not exist, by a network that says how probable it is.
+        So is one beyond the most probable count, and one less probable than min_p_exist, by a
+        method that says so.
         """
 
         min_snr: float = Field(4.0, ge=0.0)
@@ -48,7 +50,8 @@ class Report(Stage[Unmixed, TargetReport]):
         """All targets of the frame that are significant, with what is known of each."""
         patches = message.patches
         snr, cov_px2, intensity_sigma = self._information(message)
-        unlikely = message.p_exist < self._config.min_p_exist  # not where it is NaN: unsaid
+        # Neither is so where it is NaN: unsaid.
+        unlikely = (message.p_count < LIKELY) | (message.p_exist < self._config.min_p_exist)
         keep = (snr >= self._config.min_snr) & ~unlikely
         group = patches.group[message.patch[keep]]
         intensity, sigma = message.intensity[keep], intensity_sigma[keep]
@@ -124,14 +127,14 @@ def _count_posterior(message: Unmixed, group: NDArray[np.int32], p_exist: Vector
     has considered; otherwise from the targets kept, taken as independent.
     """
     groups = len(message.patches.bbox_px)
-    if len(message.patch) == 0 or np.isnan(message.p_exist).any():
+    if len(message.patch) == 0 or np.isnan(message.p_count).any():
         return independent_count(group, p_exist, groups)
     at_least = np.zeros((groups, MAX_COUNT + 2))
     at_least[:, 0] = 1.0
     rank = _rank(message.patch)
     counted = rank < MAX_COUNT
     row = message.patches.group[message.patch[counted]]
-    at_least[row, rank[counted] + 1] = message.p_exist[counted]
+    at_least[row, rank[counted] + 1] = message.p_count[counted]
     posterior: Vector = np.clip(at_least[:, :-1] - at_least[:, 1:], 0.0, 1.0)
     return posterior
 
