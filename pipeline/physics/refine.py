@@ -22,11 +22,6 @@ from pipeline.physics.sensor import Sensor
 
 PENALTY = 20.0
 ADDITIONS = 2
-TRUST = 0.75
-"""Share of a network's precision taken as its posterior's. On 2,000 patches each of csist-100k and
-interior (seed 77), NEES of groups of 1–3: 0.92 and 0.93 with 0.5, 0.99 and 1.01 so, 1.11 and 1.10
-with 1; CSO-mAP 0.882, 0.884, 0.885 and 0.951, 0.952, 0.952."""
-
 SURE = 0.95
 """How probable the count of a patch must be for its targets to be fitted. Lower values gain up to
 2 points of CSO-mAP where σ is known exactly, and cost honest covariances where it is not."""
@@ -99,7 +94,7 @@ def _start(window: Window, given: Table, sensor: Sensor, priors: Priors) -> Grou
     bare = Groups.start(xy_px, intensity, present)
     information = fit(window, bare, sensor, priors, iterations=0).information
     bound = np.einsum("bpp->bp", cramer_rao(information))[:, :-SHARED].reshape(bare.prior.shape)
-    told = TRUST / np.where(present[..., None], given.variance, np.inf)
+    told = 1.0 / np.where(present[..., None], given.variance, np.inf)
     precision = np.clip(told - 1.0 / bound, 0.0, None)
     return replace(bare, prior=given.parameters, precision=precision * present[..., None])
 
