@@ -58,8 +58,8 @@ class SensorNeeds(BaseModel):
 
     @property
     def number(self) -> int:
-        """How many fields must be as they are: the more, the more specific; a range is not one."""
-        return len(self.model_dump(exclude_none=True, exclude={"sigma_range_px"}))
+        """How many fields are set: the more, the more specific."""
+        return len(self.model_dump(exclude_none=True))
 
     def mismatches(self, sensor: SensorLike) -> list[str]:
         """What does not fit, e.g. "made for sigma_px 0.5, the sensor has 0.8"; empty if all does.

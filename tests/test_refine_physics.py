@@ -130,7 +130,7 @@ def test_neighbours_errors_are_correlated_as_the_joint_covariance_says(rng):
     assert_allclose(joint[:, 2, 3], own[:, 1, 1])
     error = found.candidates.xy_px.reshape(number, 4) - close[:, :2].ravel()
     stated = (joint[:, 0, 2] / np.sqrt(joint[:, 0, 0] * joint[:, 2, 2])).mean()
-    assert abs(stated) > 0.1
+    assert abs(stated) > 0.05
     assert_allclose(np.corrcoef(error[:, 0], error[:, 2])[0, 1], stated, atol=0.15)
     together = np.einsum("bi,bij,bj->b", error, np.linalg.inv(joint), error).mean() / 4.0
     assert 0.8 < together < 1.3

@@ -22,6 +22,7 @@ from pipeline.physics.measurement import measure
 from pipeline.physics.psf import peak_fraction, render
 from pipeline.physics.refine import Refined, refine
 from pipeline.physics.sensor import Sensor
+from trainer.errors import TrainerError
 from trainer.honesty import mahalanobis
 from trainer.metrics import count_accuracy, matched_errors
 from trainer.reading import Reading, detections, read_maps
@@ -143,8 +144,13 @@ def robustness(engine: Engine, number: int, seed: int) -> list[dict[str, Any]]:
     found: mean number of targets. right: share of patches with the right number. false_second:
     share with more than there are. pd: share of true targets with one found within 0.25 px. nees,
     per dimension, and within_95 of those matched within 0.5 px. misfit, unconverged: share of
-    patches flagged. finite: nothing published is NaN or infinite.
+    patches flagged. finite: nothing published is NaN or infinite. Raises TrainerError for an
+    engine on the grid, whose maps the pipeline reads otherwise.
     """
+    if engine.manifest.output != "cell-targets":
+        raise TrainerError(
+            f"engine {engine.manifest.name}: answers on a grid; use one off the grid, `default` is"
+        )
     return [
         {"case": title} | _row(engine, make(number, NumpyRandom([seed, place])))
         for place, (title, make) in enumerate(CASES.items())
