@@ -48,6 +48,17 @@ LOSSLESS = {"FFV1", "HFYU", "FFVH", "Y800", "GREY", "Y16 ", "Y1\x00\x10", "ULY0"
 _GREY_16 = int.from_bytes(b"Y1\x00\x10", "little")  # FFmpeg's tag of 16-bit little-endian grey
 
 
+def video_sensor(frame_HW: NDArray[Any]) -> Sensor:
+    """What is assumed of a camera that only its video is known of."""
+    return Sensor(
+        id="video",
+        sigma_px=SIGMA_PX,
+        full_scale=int(np.iinfo(frame_HW.dtype).max),
+        read_noise=READ_NOISE,
+        sigma_error=SIGMA_ERROR,
+    )
+
+
 class Video(Source):
     """Plays a video file; `length` is what the file says of itself, None when it loops.
 
@@ -81,14 +92,7 @@ class Video(Source):
                 f"{config.path}: frames are {width}×{height} px, smaller than the "
                 f"{SIZE_PX}×{SIZE_PX} window targets are unmixed in; use a larger video"
             )
-        own = Sensor(
-            id="video",
-            sigma_px=SIGMA_PX,
-            full_scale=int(np.iinfo(first_HW.dtype).max),
-            read_noise=READ_NOISE,
-            sigma_error=SIGMA_ERROR,
-        )
-        self.sensor = configured_sensor(own, sensor, str(config.path))
+        self.sensor = configured_sensor(video_sensor(first_HW), sensor, str(config.path))
         self.shape = (height, width)
         self._stated = int(stated) if stated > 0 else None
         self.length = None if config.loop else self._stated

@@ -10,7 +10,6 @@ from threading import Event
 from typing import Any, Self
 
 import cv2
-import numpy as np
 from pydantic import Field
 
 from pipeline.component import Settings, Source, configured_sensor
@@ -18,8 +17,7 @@ from pipeline.errors import PipelineError
 from pipeline.messages import Dropped, Frame, FrameInfo
 from pipeline.numbering import RESTARTED
 from pipeline.physics.groups import SIZE_PX
-from pipeline.physics.sensor import Sensor
-from pipeline.sources.video import LOSSLESS, READ_NOISE, SIGMA_PX, codec, read_grey
+from pipeline.sources.video import LOSSLESS, codec, read_grey, video_sensor
 
 Y16 = cv2.VideoWriter.fourcc(*"Y16 ")
 RAW = LOSSLESS | {"YUYV", "UYVY", "NV12", "YU12", "BGR3", "RGB3"}
@@ -63,13 +61,7 @@ class VideoStream(Source):
                 f"{config.address}: frames are {first_HW.shape[1]}×{first_HW.shape[0]} px, smaller "
                 f"than the {SIZE_PX}×{SIZE_PX} window targets are unmixed in"
             )
-        own = Sensor(
-            id="video",
-            sigma_px=SIGMA_PX,
-            full_scale=int(np.iinfo(first_HW.dtype).max),
-            read_noise=READ_NOISE,
-        )
-        self.sensor = configured_sensor(own, sensor, config.address)
+        self.sensor = configured_sensor(video_sensor(first_HW), sensor, config.address)
         self.shape = (first_HW.shape[0], first_HW.shape[1])
 
     @classmethod
