@@ -8,6 +8,7 @@ from pipeline.physics.arrays import NumpyRandom
 from pipeline.physics.bounds import cramer_rao, fisher_information
 from pipeline.physics.candidates import Candidates
 from pipeline.physics.fit import Groups, Priors, Window, fit
+from pipeline.physics.lone import lone_targets, with_lone
 from pipeline.physics.measurement import measure
 from pipeline.physics.psf import render
 from pipeline.physics.refine import refine
@@ -168,3 +169,18 @@ def test_known_intensities_tell_how_many_there_are(rng, number):
     assert found.refined[:number].all()
     without = refine(window, doubtful, sensor).candidates
     assert_array_equal(without.p_count, doubtful.p_count)
+
+
+@pytest.mark.parametrize(("second", "number"), [(0.0, 1), (0.3, 0)])
+def test_a_lone_target_with_a_wide_saturated_core_is_one(rng, second, number):
+    group = np.array([[5.2, 4.7, 1e5], [6.1, 4.9, second * 1e5]])
+    window = windows(group, 20)
+    assert ((window.counts_BHW >= SENSOR.full_scale).sum(axis=(1, 2)) > 1).all()
+    lone = lone_targets(window, SENSOR)
+    assert len(lone.patch) == 20 * number
+    assert_allclose(lone.xy_px, np.tile(group[:1, :2], (20 * number, 1)), atol=0.02)
+    network = said(np.array([[5.0, 4.6, 6e4], [5.4, 4.8, 6e4]]), 20, rng)
+    found = with_lone(network, lone)
+    assert_array_equal(np.bincount(found.patch), 1 if number else 2)
+    if number:
+        assert refine(window, found, SENSOR).candidates.refined.all()

@@ -18,6 +18,7 @@ from pipeline.physics.arrays import NumpyRandom
 from pipeline.physics.candidates import LIKELY
 from pipeline.physics.fit import Window
 from pipeline.physics.groups import PROFILES, SIZE_PX
+from pipeline.physics.lone import lone_targets, with_lone
 from pipeline.physics.measurement import measure
 from pipeline.physics.psf import peak_fraction, render
 from pipeline.physics.refine import Refined, refine
@@ -169,8 +170,8 @@ def unmixed(engine: Engine, case: Case) -> Refined:
     )
     reading = Reading.of(engine.manifest, SENSOR)
     candidates = read_maps(engine.infer(seen.patch), seen.unit, reading)
-    background = seen.background.astype(np.float64)
-    return refine(Window(case.counts_BHW, background, case.usable_BHW), candidates, SENSOR)
+    window = Window(case.counts_BHW, seen.background.astype(np.float64), case.usable_BHW)
+    return refine(window, with_lone(candidates, lone_targets(window, SENSOR)), SENSOR)
 
 
 def _row(engine: Engine, case: Case) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Candidates(NamedTuple):
         """Whether the method says how many there are."""
         return len(self.patch) > 0 and not np.isnan(self.p_count).any()
 
-    def take(self, rows: NDArray[np.bool_]) -> "Candidates":
+    def take(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> "Candidates":
         """Some of them."""
         return self._replace(**{name: getattr(self, name)[rows] for name in self._fields})
 

@@ -15,8 +15,11 @@ from engines.scaling import network_input, network_unit
 from pipeline.component import Context, Settings, Stage
 from pipeline.imaging.fitting import window_of, with_refined
 from pipeline.messages import Flag, Patches, Unmixed
+from pipeline.physics.candidates import Candidates
 from pipeline.physics.cell_targets import read_cell_targets
+from pipeline.physics.fit import compile_fit
 from pipeline.physics.grid import Peaks, local_maxima
+from pipeline.physics.lone import lone_targets, with_lone
 from pipeline.physics.model_only import MODEL, unmix_by_model
 from pipeline.physics.noise import pixel_noise
 from pipeline.physics.sensor import Sensor
@@ -50,6 +53,7 @@ class Unmix(Stage[Patches, Unmixed]):
     def __init__(self, config: Config, sensor: Sensor, engine: Engine | None) -> None:
         super().__init__(config, sensor)
         self._engine = engine
+        compile_fit()
 
     @classmethod
     def build(cls, config: Config, context: Context) -> Self:
@@ -88,20 +92,29 @@ class Unmix(Stage[Patches, Unmixed]):
             flags = message.flags.copy()
             flags[message.group[number > MAX_PEAKS]] |= np.uint16(Flag.CROWDED)
             message = replace(message, flags=flags)
+        found = Candidates(
+            peaks.image,
+            peaks.xy_px,
+            peaks.intensity * unit[peaks.image],
+            np.zeros(len(peaks.image), dtype=np.bool_),
+            peaks.p_exist,
+            peaks.p_count,
+            peaks.cov_px2,
+            peaks.intensity_sigma * unit[peaks.image],
+        )
+        if (message.counts_BHW >= self._sensor.full_scale).any():
+            found = with_lone(found, lone_targets(window_of(message), self._sensor))
         return Unmixed(
-            patches=message,
-            patch=peaks.image.astype(np.int32),
-            xy_px=peaks.xy_px + message.origin_px[peaks.image],
-            intensity=peaks.intensity * unit[peaks.image],
-            refined=np.zeros(len(peaks.image), dtype=np.bool_),
-            p_exist=peaks.p_exist,
-            p_count=peaks.p_count,
-            cov_px2=peaks.cov_px2,
-            intensity_sigma=peaks.intensity_sigma * unit[peaks.image],
-            joint_px2=np.full((len(maps), 0, 0), np.nan),
-            cell_px=1.0 / manifest.c,
-            engine=manifest.onnx_sha256[:12],
-            source=manifest.name,
+            **found._asdict()
+            | {
+                "patches": message,
+                "patch": found.patch.astype(np.int32),
+                "xy_px": found.xy_px + message.origin_px[found.patch],
+                "joint_px2": np.full((len(maps), 0, 0), np.nan),
+                "cell_px": 1.0 / manifest.c,
+                "engine": manifest.onnx_sha256[:12],
+                "source": manifest.name,
+            }
         )
 
     def _read(self, maps: Maps, manifest: Manifest) -> Peaks:
