@@ -36,6 +36,9 @@ class Quick(Source):
 def wake():
     descriptor = os.eventfd(0, os.EFD_NONBLOCK)
     yield descriptor
+    for thread in threading.enumerate():
+        if thread.name == "source":  # it writes once more when it ends
+            thread.join(20)
     os.close(descriptor)
 
 
