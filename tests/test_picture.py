@@ -71,6 +71,7 @@ def message(seq, numbers, flags=((), ())):
             "id": [0, 1],
             "bbox": BOXES,
             "count_posterior": [[1.0, 0.0, 0.0, 0.0, 0.0, 0.0]] * 2,
+            "joint_cov_px2": [[], []],
             "flags": [list(names) for names in flags],
         },
         "stage_ns": {},

@@ -278,7 +278,8 @@ def test_frames_smaller_than_a_patch(command, tmp_path):
     [
         ("detect: {gird: 1}", "unknown field `gird` at detect"),
         ("report: {min_snr: x}", "report.min_snr"),
-        ("sensor: {sigma_px: 2.0}", "sigma_px"),
+        ("sensor: {sigma_px: 9.0}", "sigma_px"),
+        ("engine: off_grid", "made for full_scale 255"),
     ],
 )
 def test_a_config_that_does_not_fit(command, scene_recording, tmp_path, text, fragment):
