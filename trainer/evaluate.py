@@ -44,7 +44,7 @@ class Unmixed:
     """What an engine made of the images of a dataset."""
 
     found: list[Detections]  # for each image, see `trainer.reading`
-    p_exist: NDArray[np.float64]  # (N, K) that an image has 1, 2, … targets or more; NaN: unsaid
+    at_least: NDArray[np.float64]  # (N, K) that an image has 1, 2, … targets or more; NaN: unsaid
     refined: bool
     priors: bool  # the benchmark's own rules were used
     psnr_db: NDArray[np.float64]  # (N,) of maps of intensity against the true ones, else NaN
@@ -88,7 +88,7 @@ def evaluate(
         from trainer.reliability import draw_reliability
 
         method = Method.of(engine)
-        draw_reliability(dataset, unmixed.found, unmixed.p_exist, method.name, method.c, picture)
+        draw_reliability(dataset, unmixed.found, unmixed.at_least, method.name, method.c, picture)
     return figures(dataset, Method.of(engine), unmixed)
 
 
@@ -169,10 +169,11 @@ def unmix(
         )
     known = rules(dataset) if priors else Priors(background_known=dataset.background == 0.0)
     found: list[Detections] = []
-    p_exist = np.full((len(dataset), MAX_TARGETS + 1), np.nan)
+    counts_B = np.full((len(dataset), MAX_TARGETS + 1), np.nan)
     psnr, similarity = np.full((2, len(dataset)), np.nan)
     seconds = 0.0
-    compile_fit()
+    if refined or engine is None:
+        compile_fit()
     for start in range(0, len(dataset), _PATCHES_AT_ONCE):
         part = slice(start, start + _PATCHES_AT_ONCE)
         counts = dataset.image[part].astype(np.float32)
@@ -199,13 +200,13 @@ def unmix(
         seconds += time.perf_counter() - began
         found += detections(read, len(counts))
         if read.counted:
-            p_exist[part] = at_least(read, len(counts), MAX_TARGETS + 1)
+            counts_B[part] = at_least(read, len(counts), MAX_TARGETS + 1)
         if engine is not None and engine.manifest.output == "intensity-map":
             truth = true_maps(dataset, part, engine.manifest.c, seen.unit)
             psnr[part], similarity[part] = psnr_db(maps, truth), ssim(maps, truth)
         if progress is not None:
             progress(len(found))
-    return Unmixed(found, p_exist, refined or engine is None, priors, psnr, similarity, seconds)
+    return Unmixed(found, counts_B, refined or engine is None, priors, psnr, similarity, seconds)
 
 
 def rules(dataset: CsistDataset) -> Priors:

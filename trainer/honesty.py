@@ -40,6 +40,12 @@ def bound_figures(bounds: list[Array64]) -> dict[str, Any]:
     }
 
 
+def stated_covariances(found: list[Detections], matched: NDArray[np.int64]) -> Array64:
+    """Covariance (P, 2, 2) px² of each matched detection; NaN where the method states none."""
+    stated = np.array([found[image][row, [3, 4, 4, 5]] for image, row, _ in matched])
+    return stated.reshape(-1, 2, 2)
+
+
 def published_covariances(
     dataset: CsistDataset, found: list[Detections], matched: NDArray[np.int64], c: int
 ) -> Array64:
@@ -49,8 +55,7 @@ def published_covariances(
     within a cell: NaN for images with over twice as many detections as there can be targets, where
     the bound says nothing but costs a lot.
     """
-    covariance = np.array([found[image][row, [3, 4, 4, 5]] for image, row, _ in matched])
-    covariance = covariance.reshape(-1, 2, 2)
+    covariance = stated_covariances(found, matched)
     if np.isnan(covariance).any():
         sane = [rows if len(rows) <= 2 * MAX_TARGETS else rows[:0] for rows in found]
         bounds = group_bounds(sane, dataset.sensor, dataset.image.shape[1], dataset.background)

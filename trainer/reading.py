@@ -52,17 +52,7 @@ def read_maps(
         peaks = grid_detections(maps, reading.c, reading.threshold)
     else:
         peaks = read_cell_targets(maps, reading.sigma_px, reading.count_spread)
-    unit = unit_B[peaks.image]
-    return Candidates(
-        peaks.image,
-        peaks.xy_px,
-        peaks.intensity * unit,
-        np.zeros(len(unit), dtype=np.bool_),
-        peaks.p_exist,
-        peaks.p_count,
-        peaks.cov_px2,
-        peaks.intensity_sigma * unit,
-    )
+    return Candidates.read(peaks, unit_B)
 
 
 def detections(found: Candidates, images: int) -> list[Detections]:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from scipy.stats import chi2
 
 from pipeline.formats.csist import CsistDataset
+from pipeline.physics.candidates import count_probabilities
 from pipeline.physics.psf import RAYLEIGH_PER_SIGMA
 from trainer.honesty import mahalanobis, published_covariances, true_bounds
 from trainer.metrics import matched_errors
@@ -23,12 +24,17 @@ BINS = 10
 
 
 def draw_reliability(
-    dataset: CsistDataset, found: list[Detections], p_exist: Array64, title: str, c: int, path: Path
+    dataset: CsistDataset,
+    found: list[Detections],
+    at_least: Array64,
+    title: str,
+    c: int,
+    path: Path,
 ) -> None:
     """Four panels: the count, existence, position errors, and errors beside the bound.
 
-    found and p_exist: see `trainer.evaluate.Unmixed`; c: of the grid, if it answers on one. Methods
-    that say nothing of existence have the first two panels empty.
+    found and at_least: see `trainer.evaluate.Unmixed`; c: of the grid, if it answers on one.
+    Methods that say nothing of existence have the first two panels empty.
     """
     from matplotlib.figure import Figure
 
@@ -38,9 +44,9 @@ def draw_reliability(
     panels[1, 2].axis("off")
     true = dataset.truths()
     number = np.array([len(rows) for rows in true])
-    counted = ~np.isnan(p_exist).any(axis=1)
-    said, number_said = p_exist[counted], number[counted]
-    posterior = -np.diff(np.pad(said, ((0, 0), (1, 1)), constant_values=((0, 0), (1.0, 0.0))))
+    counted = ~np.isnan(at_least).any(axis=1)
+    said, number_said = at_least[counted], number[counted]
+    posterior = count_probabilities(said)
     _reliability(count, posterior.max(axis=1), posterior.argmax(axis=1) == number_said)
     count.set(title="number of targets", xlabel="stated probability", ylabel="share that is right")
     real = number_said[:, None] > np.arange(said.shape[1])

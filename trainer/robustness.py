@@ -15,16 +15,15 @@ from rich.table import Table
 
 from engines.base import Engine
 from pipeline.physics.arrays import NumpyRandom
-from pipeline.physics.candidates import LIKELY
 from pipeline.physics.fit import Window
 from pipeline.physics.groups import PROFILES, SIZE_PX
 from pipeline.physics.lone import lone_targets, with_lone
 from pipeline.physics.measurement import measure
 from pipeline.physics.psf import peak_fraction, render
-from pipeline.physics.refine import Refined, refine
+from pipeline.physics.refine import MAX_CHI2, Refined, refine
 from pipeline.physics.sensor import Sensor
 from trainer.errors import TrainerError
-from trainer.honesty import mahalanobis
+from trainer.honesty import WITHIN_95, mahalanobis, stated_covariances
 from trainer.metrics import count_accuracy, matched_errors
 from trainer.reading import Reading, detections, read_maps
 from trainer.units import to_network_units
@@ -32,7 +31,6 @@ from trainer.units import to_network_units
 PROFILE = PROFILES["field"]
 SENSOR = PROFILE.sensor
 FAR_PX = 0.25
-MISFIT_CHI2 = 3.0
 Array64 = NDArray[np.float64]
 
 
@@ -177,13 +175,11 @@ def unmixed(engine: Engine, case: Case) -> Refined:
 def _row(engine: Engine, case: Case) -> dict[str, Any]:
     number = len(case.true)
     result = unmixed(engine, case)
-    likely = result.candidates.take(~(result.candidates.p_count < LIKELY))
-    found = detections(likely, number)
+    found = detections(result.candidates, number)
     more = np.array([len(f) > len(t) for f, t in zip(found, case.true, strict=True)])
     which, error = matched_errors(found, case.true)
     near = np.hypot(error[:, 0], error[:, 1]) < FAR_PX
-    spread = np.array([found[image][row, [3, 4, 4, 5]] for image, row, _ in which])
-    squared = mahalanobis(error[:, :2], spread.reshape(-1, 2, 2))
+    squared = mahalanobis(error[:, :2], stated_covariances(found, which))
     targets = sum(map(len, case.true))
     values = np.concatenate([np.empty((0, 7)), *found])
     return {
@@ -192,8 +188,8 @@ def _row(engine: Engine, case: Case) -> dict[str, Any]:
         "false_second": float(more.mean()),
         "pd": float(near.sum() / targets) if targets else None,
         "nees": float(squared.mean() / 2.0) if len(squared) else None,
-        "within_95": float((squared < 5.991).mean()) if len(squared) else None,
-        "misfit": float(np.mean(result.reduced_chi2 > MISFIT_CHI2)),
+        "within_95": float((squared < WITHIN_95).mean()) if len(squared) else None,
+        "misfit": float(np.mean(result.reduced_chi2 > MAX_CHI2)),
         "unconverged": float(np.mean(~result.converged)),
         "finite": bool(np.isfinite(values).all()),
     }

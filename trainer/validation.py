@@ -7,6 +7,7 @@ from scipy.optimize import minimize
 
 from engines.manifest import UNMEASURED_SPREAD
 from engines.scaling import Scaling
+from pipeline.physics.candidates import count_probabilities
 from pipeline.physics.cell_targets import CountSpread, count_at_least
 from pipeline.physics.groups import MAX_TARGETS, Profile, draw_patches
 from trainer.data import TorchRandom
@@ -63,9 +64,7 @@ def measured_count_spread(
 
     def surprise(logarithms: NDArray[np.float64]) -> float:
         a, b = np.exp(logarithms)
-        at_least = count_at_least(p, MAX_TARGETS + 1, (a, b))
-        padded = np.pad(at_least, ((0, 0), (1, 0)), constant_values=1.0)
-        right = padded[row, count] - padded[row, count + 1]
+        right = count_probabilities(count_at_least(p, MAX_TARGETS + 1, (a, b)))[row, count]
         return float(-np.log(np.maximum(right, 1e-9)).mean())
 
     start = np.log(UNMEASURED_SPREAD)

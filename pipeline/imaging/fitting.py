@@ -1,16 +1,14 @@
 """Between messages and the fit: what was measured in the patches, and what the fit made of it."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from pipeline.messages import Flag, Patches, Unmixed
+from pipeline.physics.candidates import Candidates
 from pipeline.physics.fit import Window
-from pipeline.physics.refine import Refined
-
-MAX_CHI2 = 3.0
-"""Reduced, of a group that point sources explain: over noise it is 1 ± 0.14, over the benchmark's
-rounding and saturation 99 % are below 5."""
+from pipeline.physics.refine import MAX_CHI2, Refined
 
 
 def window_of(patches: Patches) -> Window:
@@ -22,20 +20,28 @@ def window_of(patches: Patches) -> Window:
     )
 
 
-def with_refined(message: Unmixed, found: Refined, max_chi2: float = MAX_CHI2) -> Unmixed:
-    """The message with the fitted targets, and MISFIT and UNCONVERGED groups flagged."""
-    patches = message.patches
+def candidates_of(message: Unmixed) -> Candidates:
+    """The message's targets, in patch coordinates."""
+    values = {name: getattr(message, name) for name in Candidates._fields}
+    origin_px = message.patches.origin_px[message.patch]
+    return Candidates(**values | {"xy_px": message.xy_px - origin_px})
+
+
+def in_frame(candidates: Candidates, patches: Patches) -> dict[str, Any]:
+    """Candidates as the fields of `Unmixed`, in frame coordinates."""
+    patch = candidates.patch
+    return candidates._asdict() | {
+        "patch": patch.astype(np.int32),
+        "xy_px": candidates.xy_px + patches.origin_px[patch],
+    }
+
+
+def fitted(patches: Patches, found: Refined, max_chi2: float = MAX_CHI2) -> dict[str, Any]:
+    """What a fit says, as fields of `Unmixed`; MISFIT and UNCONVERGED groups are flagged."""
     flags = patches.flags.copy()
     flags[patches.group[found.reduced_chi2 > max_chi2]] |= np.uint16(Flag.MISFIT)
     flags[patches.group[~found.converged]] |= np.uint16(Flag.UNCONVERGED)
-    patch = found.candidates.patch
-    return replace(
-        message,
-        **found.candidates._asdict()
-        | {
-            "patches": replace(patches, flags=flags),
-            "patch": patch.astype(np.int32),
-            "xy_px": found.candidates.xy_px + patches.origin_px[patch],
-            "joint_px2": found.joint_px2,
-        },
-    )
+    return in_frame(found.candidates, patches) | {
+        "patches": replace(patches, flags=flags),
+        "joint_px2": found.joint_px2,
+    }

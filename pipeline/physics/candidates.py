@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.physics.grid import Peaks
+
 Array64 = NDArray[np.float64]
 
 LIKELY = 0.5
@@ -35,6 +37,21 @@ class Candidates(NamedTuple):
         refined = np.zeros(len(patch), dtype=np.bool_)
         cov_px2 = np.full((len(patch), 3), np.nan)
         return cls(patch, xy_px, intensity, refined, unknown, unknown, cov_px2, unknown)
+
+    @classmethod
+    def read(cls, peaks: Peaks, unit_B: NDArray[np.floating]) -> "Candidates":
+        """As a network's maps say, in counts; unit_B: counts in a network unit of each map."""
+        unit = unit_B[peaks.image]
+        return cls(
+            peaks.image,
+            peaks.xy_px,
+            peaks.intensity * unit,
+            np.zeros(len(unit), dtype=np.bool_),
+            peaks.p_exist,
+            peaks.p_count,
+            peaks.cov_px2,
+            peaks.intensity_sigma * unit,
+        )
 
     @property
     def counted(self) -> bool:
@@ -83,6 +100,14 @@ def table(candidates: Candidates, patches: int, spare: int = 0) -> Table:
     present = np.arange(columns) < count[:, None]
     p_exist, p_count = values[..., 3], values[..., 4]
     return Table(present, values[..., :3], p_exist, p_count, values[..., 5:8], values[..., 8])
+
+
+def count_probabilities(at_least_BK: Array64) -> Array64:
+    """Probability (B, K + 1) of 0, 1, …, K − 1 and of K or more, of those of at least 1, …, K."""
+    padded = np.pad(at_least_BK, ((0, 0), (1, 1)))
+    padded[:, 0] = 1.0
+    probability: Array64 = np.clip(-np.diff(padded, axis=1), 0.0, 1.0)
+    return probability
 
 
 def at_least(candidates: Candidates, patches: int, most: int) -> Array64:

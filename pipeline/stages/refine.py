@@ -1,13 +1,14 @@
 """Off the grid: the targets of each patch fitted together on the censored likelihood."""
 
+from dataclasses import replace
+
 from pydantic import Field, model_validator
 
 from pipeline.component import Settings, Stage
-from pipeline.imaging.fitting import MAX_CHI2, window_of, with_refined
+from pipeline.imaging.fitting import candidates_of, fitted, window_of
 from pipeline.messages import Unmixed
-from pipeline.physics.candidates import Candidates
 from pipeline.physics.fit import Priors, compile_fit
-from pipeline.physics.refine import ADDITIONS, PENALTY, SURE, refine
+from pipeline.physics.refine import ADDITIONS, MAX_CHI2, PENALTY, SURE, refine
 from pipeline.physics.sensor import Sensor
 
 
@@ -51,20 +52,10 @@ class Refine(Stage[Unmixed, Unmixed]):
         """The same patches with targets off the grid; one that is fitted already stays as it is."""
         if message.refined.all():
             return message
-        candidates = Candidates(
-            message.patch,
-            message.xy_px - message.patches.origin_px[message.patch],
-            message.intensity,
-            message.refined,
-            message.p_exist,
-            message.p_count,
-            message.cov_px2,
-            message.intensity_sigma,
-        )
         config = self._config
         found = refine(
             window_of(message.patches),
-            candidates,
+            candidates_of(message),
             self._sensor,
             self._priors,
             penalty=config.penalty,
@@ -72,4 +63,4 @@ class Refine(Stage[Unmixed, Unmixed]):
             starts=config.starts,
             sure=config.sure,
         )
-        return with_refined(message, found, config.max_chi2)
+        return replace(message, **fitted(message.patches, found, config.max_chi2))

@@ -16,7 +16,7 @@ from scipy.special import ndtr
 from pipeline.component import Context, Settings, Stage
 from pipeline.messages import MAX_COUNT, Angles, FrameInfo, TargetReport, Unmixed
 from pipeline.physics.bounds import cramer_rao, fisher_information
-from pipeline.physics.candidates import LIKELY
+from pipeline.physics.candidates import LIKELY, count_probabilities
 from pipeline.physics.geometry import Geometry
 from pipeline.physics.grid import cell_variance_px2
 from pipeline.physics.sensor import Sensor
@@ -129,14 +129,12 @@ def _count_posterior(message: Unmixed, group: NDArray[np.int32], p_exist: Vector
     groups = len(message.patches.bbox_px)
     if len(message.patch) == 0 or np.isnan(message.p_count).any():
         return independent_count(group, p_exist, groups)
-    at_least = np.zeros((groups, MAX_COUNT + 2))
-    at_least[:, 0] = 1.0
+    at_least = np.zeros((groups, MAX_COUNT))
     rank = _rank(message.patch)
     counted = rank < MAX_COUNT
     row = message.patches.group[message.patch[counted]]
-    at_least[row, rank[counted] + 1] = message.p_count[counted]
-    posterior: Vector = np.clip(at_least[:, :-1] - at_least[:, 1:], 0.0, 1.0)
-    return posterior
+    at_least[row, rank[counted]] = message.p_count[counted]
+    return count_probabilities(at_least)
 
 
 def independent_count(group: NDArray[np.int32], p_exist: Vector, groups: int) -> Vector:

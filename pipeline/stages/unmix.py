@@ -13,7 +13,7 @@ from engines.loader import load
 from engines.manifest import Manifest
 from engines.scaling import network_input, network_unit
 from pipeline.component import Context, Settings, Stage
-from pipeline.imaging.fitting import window_of, with_refined
+from pipeline.imaging.fitting import fitted, in_frame, window_of
 from pipeline.messages import Flag, Patches, Unmixed
 from pipeline.physics.candidates import Candidates
 from pipeline.physics.cell_targets import read_cell_targets
@@ -92,29 +92,16 @@ class Unmix(Stage[Patches, Unmixed]):
             flags = message.flags.copy()
             flags[message.group[number > MAX_PEAKS]] |= np.uint16(Flag.CROWDED)
             message = replace(message, flags=flags)
-        found = Candidates(
-            peaks.image,
-            peaks.xy_px,
-            peaks.intensity * unit[peaks.image],
-            np.zeros(len(peaks.image), dtype=np.bool_),
-            peaks.p_exist,
-            peaks.p_count,
-            peaks.cov_px2,
-            peaks.intensity_sigma * unit[peaks.image],
-        )
+        found = Candidates.read(peaks, unit)
         if (message.counts_BHW >= self._sensor.full_scale).any():
             found = with_lone(found, lone_targets(window_of(message), self._sensor))
         return Unmixed(
-            **found._asdict()
-            | {
-                "patches": message,
-                "patch": found.patch.astype(np.int32),
-                "xy_px": found.xy_px + message.origin_px[found.patch],
-                "joint_px2": np.full((len(maps), 0, 0), np.nan),
-                "cell_px": 1.0 / manifest.c,
-                "engine": manifest.onnx_sha256[:12],
-                "source": manifest.name,
-            }
+            **in_frame(found, message),
+            patches=message,
+            joint_px2=np.full((len(maps), 0, 0), np.nan),
+            cell_px=1.0 / manifest.c,
+            engine=manifest.onnx_sha256[:12],
+            source=manifest.name,
         )
 
     def _read(self, maps: Maps, manifest: Manifest) -> Peaks:
@@ -127,22 +114,7 @@ class Unmix(Stage[Patches, Unmixed]):
 
     def _by_model(self, message: Patches) -> Unmixed:
         found = unmix_by_model(window_of(message), self._sensor)
-        start = Unmixed(
-            patches=message,
-            patch=np.zeros(0, dtype=np.int32),
-            xy_px=np.zeros((0, 2)),
-            intensity=np.zeros(0),
-            refined=np.zeros(0, dtype=np.bool_),
-            p_exist=np.zeros(0),
-            p_count=np.zeros(0),
-            cov_px2=np.zeros((0, 3)),
-            intensity_sigma=np.zeros(0),
-            joint_px2=np.full((len(message.group), 0, 0), np.nan),
-            cell_px=0.0,
-            engine="",
-            source=MODEL,
-        )
-        return with_refined(start, found)
+        return Unmixed(**fitted(message, found), cell_px=0.0, engine="", source=MODEL)
 
     def close(self) -> None:
         """Release the engine."""
