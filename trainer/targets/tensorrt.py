@@ -55,7 +55,7 @@ def build(
             raise KeyboardInterrupt
         if engine is None:
             raise TrainingFailed(f"{library} {trt.__version__}: no engine was built ({told(trt)})")
-        known = timings.replace(config.get_timing_cache().serialize()) if timings else None
+        known = timings.replace(_measured(config)) if timings else None
     out.write_bytes(engine)
     return BuildFacts(
         library=f"{library} {trt.__version__}",
@@ -81,6 +81,10 @@ def _timings(
         if not config.set_timing_cache(config.create_timing_cache(timings.held), False):
             config.set_timing_cache(config.create_timing_cache(b""), False)
         yield timings
+
+
+def _measured(config: Any) -> bytes:
+    return bytes(config.get_timing_cache().serialize())
 
 
 def _device(library: Library) -> Gpu | None:
