@@ -112,11 +112,24 @@ def test_model_it_cannot_build(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_stops_the_build_and_writes_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+
     def interrupted(line: str) -> None:
-        raise KeyboardInterrupt
+        said.append(line)
+        signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         build_rtx(in_precision("off_grid", "f32"), tmp_path / "a.engine", interrupted)
+    assert len(said) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_told_stops_the_build(tmp_path: Path) -> None:
+    def gone(line: str) -> None:
+        raise BrokenPipeError(line)
+
+    with pytest.raises(BrokenPipeError, match="steps"):
+        build_rtx(in_precision("off_grid", "f32"), tmp_path / "a.engine", gone)
     assert not list(tmp_path.iterdir())
 
 
