@@ -5,15 +5,13 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from pipeline.physics.compiled import compiled
 from pipeline.physics.groups import SIZE_PX
 
 CORE_SHARE = 0.2
 """A region's core is what reaches this share of its peak."""
-
-compiled: Any = njit(cache=True, error_model="numpy")
 
 Image = NDArray[np.float32]
 Integers = NDArray[np.int64]

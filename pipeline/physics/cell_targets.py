@@ -8,12 +8,11 @@ cell is uncertain has its probability spread over several; what belongs together
 """
 
 import math
-from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from pipeline.physics.compiled import compiled
 from pipeline.physics.grid import Peaks
 
 _ROOT2 = math.sqrt(2.0)
@@ -75,9 +74,6 @@ def count_at_least(
 def compile_reading() -> None:
     """Have the reading compiled, or got from its cache, now instead of with the first maps."""
     read_cell_targets(np.zeros((0, 7, 1, 1), np.float32), 1.0, (1.0, 0.0))
-
-
-compiled: Any = njit(cache=True, error_model="numpy")
 
 
 @compiled

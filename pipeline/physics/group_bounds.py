@@ -10,12 +10,11 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from pipeline.physics.compiled import compiled
 from pipeline.physics.patch_model import (
     EXPECTED,
-    compiled,
     expect,
     normal_equations,
     respond_all,
@@ -53,17 +52,9 @@ def group_bounds(
     error_px = sensor.sigma_error * sensor.sigma_px
     sigma = sensor.sigma_px, math.inf if error_px == 0.0 else error_px**-2
     camera = float(sensor.full_scale), sensor.read_noise**2, 1.0 / sensor.gain
-    return Bounds(
-        *_bound_all(
-            patch,
-            np.ascontiguousarray(xy_px),
-            np.ascontiguousarray(intensity),
-            np.ascontiguousarray(level),
-            np.ascontiguousarray(usable_BHW),
-            sigma,
-            camera,
-        )
-    )
+    # Copies: for arrays that are read-only, as those that were received, it would compile anew.
+    arrays = (np.array(a, order="C") for a in (patch, xy_px, intensity, level, usable_BHW))
+    return Bounds(*_bound_all(*arrays, sigma, camera))
 
 
 def compile_bounds() -> None:
@@ -75,7 +66,7 @@ def compile_bounds() -> None:
     )  # fmt: skip
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def _bound_all(patch, xy_px, intensity, level, usable, sigma, sensor):
     """All of `Bounds`; sigma: its value, px, and the precision it is known with, 1/px²."""
     number = len(patch)
@@ -125,7 +116,7 @@ def _information(parameters, level, usable, sigma_precision, sensor):
     return normal
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def _inverse(information):
     """The covariance bound, see `bounds.cramer_rao`."""
     size = len(information)
