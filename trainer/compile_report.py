@@ -21,9 +21,8 @@ def print_candidates(candidates: Sequence[Candidate], chosen: Manifest, console:
         times = {found.batch: f"{found.p50_ms:.2f}" for found in build.latency}
         score = "–"
         if parity is not None and parity.cso_map is not None:
-            score = (
-                f"{parity.cso_map:.4f} ({parity.cso_map - (parity.reference_cso_map or 0):+.4f})"
-            )
+            change = parity.cso_map - (parity.reference_cso_map or 0.0)
+            score = f"{parity.cso_map:.4f} ({change:+.4f})"
         table.add_row(
             build.precision,
             str(build.streams),
