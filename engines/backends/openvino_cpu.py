@@ -17,10 +17,11 @@ from openvino import opset13
 
 from engines.base import IN_FLIGHT, Engine, Kind, Maps, Options, Patches
 from engines.build import Build
+from engines.cache import cache_folder
 from engines.errors import EngineError
 from engines.manifest import EngineManifest
 
-CAPABILITY = {"f32": "FP32", "bf16": "BF16", "int8": "INT8"}
+CAPABILITY = {"f32": "FP32", "f16": "FP16", "bf16": "BF16", "int8": "INT8"}
 """What OpenVINO calls a precision the CPU has instructions for."""
 
 
@@ -76,9 +77,12 @@ def _properties(build: Build | None, options: Options) -> dict[str, Any]:
         # What is not quantised in an int8 model is computed in f32.
         "INFERENCE_PRECISION_HINT": "f32" if precision == "int8" else precision,
         "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": build.streams if build else 1,
     }
     if threads is not None:
         properties["INFERENCE_NUM_THREADS"] = threads
+    if (folder := cache_folder("openvino")) is not None:
+        properties["CACHE_DIR"] = str(folder)
     return properties
 
 

@@ -36,7 +36,7 @@ class Node:
 
 TOPOLOGY = (
     #    name     stages             replicas  queue  overflow  budget_ms       # takes → gives
-    Node("front", ("detect", "crop"), 1, 4, "drop-oldest", 2.5),  # Frame → Patches
+    Node("front", ("detect", "crop"), 1, 16, "drop-oldest", 2.5),  # Frame → Patches
     Node("unmix", ("unmix",), 1, 2, "block", 5.0),  # Patches → Unmixed
     Node("back", ("report",), 1, 16, "block", 1.0),  # Unmixed → TargetReport
 )

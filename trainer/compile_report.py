@@ -1,0 +1,35 @@
+"""What `trainer compile` tried, as a table."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from engines.manifest import Manifest
+from trainer.compile import Candidate
+
+
+def print_candidates(candidates: Sequence[Candidate], chosen: Manifest, console: Console) -> None:
+    """A row a variant: how fast, how near its reference, and whether it is good enough."""
+    sizes = sorted({found.batch for c in candidates for found in c.build.latency})
+    table = Table(
+        "precision", "streams", "at a time", *(f"{size}" for size in sizes), "error", "CSO-mAP", "",
+        title=f"{chosen.name}: ms p50 for so many patches", title_justify="left",
+    )  # fmt: skip
+    for candidate in candidates:
+        build, parity = candidate.build, candidate.build.parity
+        times = {found.batch: f"{found.p50_ms:.2f}" for found in build.latency}
+        score = "–"
+        if parity is not None and parity.cso_map is not None:
+            change = parity.cso_map - (parity.reference_cso_map or 0.0)
+            score = f"{parity.cso_map:.4f} ({change:+.4f})"
+        table.add_row(
+            build.precision,
+            str(build.streams),
+            str(candidate.variant.most),
+            *(times.get(size, "–") for size in sizes),
+            "–" if parity is None else f"{parity.error:.1e}",
+            score,
+            "[bold]chosen" if candidate.manifest == chosen else "; ".join(candidate.wrong),
+        )
+    console.print(table)
