@@ -18,8 +18,10 @@ from onnx import TensorProto, helper
 from test_precision import inputs
 
 from engines.build import Batch
+from engines.cuda.driver import gpu
 from engines.errors import EngineError
-from engines.loader import MODELS
+from engines.loader import MODELS, open_engine
+from engines.manifest import read_manifest, sha256_of
 from engines.tensorrt_log import logger
 from trainer.errors import TrainerError, TrainingFailed
 from trainer.precision import quantized, read_model, with_precision
@@ -34,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*no-ops in TensorRT-RTX:Depreca
 def in_precision(name: str, precision: str) -> bytes:
     model = read_model(MODELS / f"{name}.onnx")
     if precision == "int8":
-        return quantized(model, inputs(name, 64)).SerializeToString()
+        model, precision = quantized(model, inputs(name, 64)), "f16"
     return (model if precision == "f32" else with_precision(model, precision)).SerializeToString()
 
 
@@ -63,6 +65,37 @@ def test_rtx_builds_the_shipped_network(tmp_path: Path, precision: str) -> None:
 def test_rtx_builds_the_other_shipped_networks(tmp_path: Path, name: str, precision: str) -> None:
     build_rtx(in_precision(name, precision), tmp_path / "a.engine")
     assert (tmp_path / "a.engine").stat().st_size > 300_000
+
+
+def test_the_command_builds_without_a_gpu_and_the_engine_is_refused_here(
+    command, tmp_path: Path
+) -> None:
+    result = command(
+        *("trainer", "compile", MODELS / "off_grid.onnx", "--target", "tensorrt-rtx"),
+        *("--precision", "int8", "--max-batch", 32, "--out", tmp_path),
+    )
+    assert result.returncode == 0, result.stderr
+    path = tmp_path / "off_grid.tensorrt-rtx.json"
+    manifest = read_manifest(path)
+    made = manifest.build
+    assert made is not None and made.target == "tensorrt-rtx" and made.precision == "int8"
+    assert made.model_sha256 == sha256_of(path.with_suffix(".engine"))
+    assert made.library == f"tensorrt_rtx {trt.__version__}" and made.device == ANY_RTX
+    assert (made.batch.least, made.batch.best, made.batch.most) == (1, 16, 32)
+    assert manifest.max_batch == 32
+    assert manifest.onnx_sha256 == read_manifest(MODELS / "off_grid.json").onnx_sha256
+    if no_gpu():
+        assert made.parity is None and not made.latency
+        with pytest.raises(EngineError, match=r"off_grid.tensorrt-rtx.json: .*(NVIDIA|CUDA)"):
+            open_engine(path)
+
+
+def no_gpu() -> bool:
+    try:
+        gpu(0)
+    except EngineError:
+        return True
+    return False
 
 
 def test_half_precision_makes_a_smaller_engine(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import fake_tensorrt
 import numpy as np
 import pytest
 from fake_cuda import FakeCuda
-from test_engines import write_engine
+from linear_engine import write_engine
 
 from engines import loader
 from engines.base import IN_FLIGHT, Engine, Options
