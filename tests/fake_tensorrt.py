@@ -42,6 +42,13 @@ class IRuntimeConfig:
     def set_execution_context_allocation_strategy(self, strategy) -> None:
         self._strategy = strategy
 
+    def create_runtime_cache(self) -> object:
+        return object()
+
+    def set_runtime_cache(self, cache: object) -> bool:
+        self._cache = cache
+        return True
+
 
 class IExecutionContext:
     def __init__(self, engine: "ICudaEngine") -> None:

@@ -99,11 +99,12 @@ def no_gpu() -> bool:
 
 
 def test_half_precision_makes_a_smaller_engine(tmp_path: Path) -> None:
+    """By about half of the weights."""
     sizes = {}
     for precision in ("f32", "f16"):
-        build_rtx(in_precision("dista_net", precision), tmp_path / precision)
+        build_rtx(in_precision("off_grid", precision), tmp_path / precision)
         sizes[precision] = (tmp_path / precision).stat().st_size
-    assert sizes["f16"] < 0.75 * sizes["f32"]
+    assert sizes["f32"] - sizes["f16"] > 0.4 * (MODELS / "off_grid.onnx").stat().st_size
 
 
 def bad_model() -> bytes:

@@ -10,10 +10,11 @@ import fake_tensorrt
 import numpy as np
 import pytest
 from fake_cuda import FakeCuda
-from linear_engine import write_engine
+from linear_engine import weights, write_engine
 
 from engines import loader
 from engines.base import IN_FLIGHT, Engine, Options
+from engines.build import Batch, Build
 from engines.cuda import driver
 from engines.errors import EngineError
 from engines.loader import load, misfits, open_engine
@@ -187,13 +188,15 @@ def test_another_machine(
     ("target", "fault"),
     [
         ("tensorrt", "built for compute capability 8.6, this NVIDIA Other has 9.0"),
-        ("tensorrt-rtx", "runs on compute capability 7.5, 8.6, 12.0, this NVIDIA Other has 9.0"),
+        ("tensorrt-rtx", "runs on compute capability 8.6, 12.0, this NVIDIA Other has 9.0"),
     ],
 )
 def test_another_gpu(fake: FakeCuda, tmp_path: Path, target: str, fault: str) -> None:
     path = built(tmp_path, target)
     fake.name, fake.capability = "NVIDIA Other", (9, 0)
     assert fault in refusal(path)
+    fake.capability = (7, 5)
+    assert "has 7.5" in refusal(path)
 
 
 def test_another_gpu_of_the_same_capability(fake: FakeCuda, tmp_path: Path) -> None:
@@ -298,6 +301,43 @@ def test_misfits_without_a_gpu_is_one_clear_line(tmp_path: Path) -> None:
     (line,) = misfits(build)
     assert "NVIDIA" in line or "CUDA" in line
     assert line in refusal(path)
+
+
+@both
+def test_on_a_gpu_a_built_engine_gives_the_right_maps(tmp_path: Path, target: str) -> None:
+    """The real libraries on a real GPU, where there is one that runs them."""
+    from trainer.targets.tensorrt import build
+
+    path = write_engine(tmp_path, max_batch=MOST)
+    batch = Batch(best=4, most=MOST)
+    model = path.with_suffix(".engine")
+    try:
+        driver.gpu(0)
+        facts = build(
+            path.with_suffix(".onnx").read_bytes(),
+            model,
+            batch,
+            library=TARGETS[target],
+            optimisation_level=3,
+            progress=lambda line: None,
+        )
+    except EngineError as error:
+        pytest.skip(str(error))
+    made = Build(
+        target=target,
+        model_sha256=sha256_of(model),
+        precision="f32",
+        batch=batch,
+        **facts._asdict(),
+    )
+    if unfit := misfits(made):
+        pytest.skip(unfit[0])
+    path = write_engine(tmp_path, max_batch=MOST, build=made.model_dump(mode="json"))
+    with open_engine(path) as engine:
+        for number in (1, 3, 4 * MOST + 1):
+            patch = patches(number)
+            wanted = (patch.reshape(number, -1) @ weights()).reshape(number, CELLS, CELLS)
+            np.testing.assert_allclose(engine.infer(patch), wanted, atol=1e-4)
 
 
 def test_default_passes_over_a_build_for_another_gpu(fake: FakeCuda, tmp_path: Path) -> None:
