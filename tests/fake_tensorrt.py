@@ -100,6 +100,9 @@ class ICudaEngine:
         self.tensors, self.most = facts["tensors"], facts["most"]
         self.broken = facts.get("broken", False)
 
+    def __del__(self) -> None:
+        self.fake.calls.append("engine freed" if self.fake.current else "engine freed too late")
+
     @property
     def num_io_tensors(self) -> int:
         return len(self.tensors)

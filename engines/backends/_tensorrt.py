@@ -33,14 +33,17 @@ class Tensorrt(Engine[Kind]):
         if manifest.build is None:
             raise EngineError(
                 f"{model}: a portable model, and {self.name} runs what was built for it; run "
-                f"`trainer compile {model}`"
+                f"`trainer compile {model} --target {self.name.replace('_', '-')}`"
             )
         trt = library(self.name)
+        self._engine: Any = None
+        self._runtime: Any = None
         self._context = Context(options.device)
         with ExitStack() as made:
             made.callback(self._context.close)
             if wrong := self._faults(trt, manifest.build, self._context.gpu):
                 raise EngineError(f"{model}: {'; '.join(wrong)}; compile it again on this machine")
+            made.callback(self._inside, self._forget)
             with self._context:
                 self._runtime = trt.Runtime(logger(trt))
                 self._engine = _deserialised(trt, self._runtime, model)
@@ -136,10 +139,11 @@ class Tensorrt(Engine[Kind]):
             return
         with self._context:  # refuses another thread before anything is freed
             self._lanes = []
-        try:
-            self._held.close()
-        finally:
-            self._engine = self._runtime = None
+        self._held.close()
+
+    def _forget(self) -> None:
+        """The engine frees its weights on the GPU, so that must still be current."""
+        self._engine = self._runtime = None
 
 
 def _deserialised(trt: Any, runtime: Any, model: Path) -> Any:
