@@ -1,5 +1,6 @@
 """A GPU's primary context, entered for each use by the thread that made it."""
 
+import ctypes
 import threading
 from types import TracebackType
 from typing import Any
@@ -57,10 +58,4 @@ class Context:
     def close(self) -> None:
         """Give the context back; call it once, outside of `with`."""
         self._context.detach()  # pushes it, and leaves it there when it is a primary one
-        call("cuCtxPopCurrent_v2", _ignored())
-
-
-def _ignored() -> Any:
-    import ctypes
-
-    return ctypes.byref(ctypes.c_void_p())
+        call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
