@@ -78,22 +78,27 @@ def test_half_precision_is_near_and_float32_outside(network, precision: str) -> 
     assert sum(w.ByteSize() for w in half.graph.initializer) < 0.55 * heavy
 
 
-def test_int8_is_near_and_has_scales_of_zero_point_zero(network) -> None:
+def test_int8_is_near_and_finer_with_a_zero_point(network) -> None:
     import onnxruntime
 
     name, model = network
-    eight = quantized(model, inputs(name, 96))
-    assert interface(eight) == interface(model)
     given = inputs(name, 16, seed=9)
-    (found,), (wanted,) = (
-        onnxruntime.InferenceSession(m.SerializeToString()).run(None, given) for m in (eight, model)
-    )
-    assert 0.0 < error(found, wanted) < ALLOWED["int8"]
-    values = {w.name: numpy_helper.to_array(w) for w in eight.graph.initializer}
-    pairs = [n for n in eight.graph.node if n.op_type == "DequantizeLinear"]
-    assert all(not values[n.input[2]].any() for n in pairs)
-    channels = [values[n.input[1]].size for n in pairs if n.input[0] in values]
-    assert max(channels) > 1
+    errors = {}
+    for symmetric in (True, False):
+        eight = quantized(model, inputs(name, 96), symmetric)
+        assert interface(eight) == interface(model)
+        (found,), (wanted,) = (
+            onnxruntime.InferenceSession(m.SerializeToString()).run(None, given)
+            for m in (eight, model)
+        )
+        errors[symmetric] = error(found, wanted)
+        values = {w.name: numpy_helper.to_array(w) for w in eight.graph.initializer}
+        pairs = [n for n in eight.graph.node if n.op_type == "DequantizeLinear"]
+        signed = all(values[n.input[2]].dtype == np.int8 for n in pairs)
+        centred = not any(values[n.input[2]].any() for n in pairs)
+        assert (signed and centred) == symmetric
+        assert max(values[n.input[1]].size for n in pairs if n.input[0] in values) > 1
+    assert 0.0 < errors[False] < errors[True] < ALLOWED["int8"]
 
 
 def test_comparisons_and_small_divisors_stay_float32() -> None:

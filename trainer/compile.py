@@ -294,7 +294,7 @@ def _graph(model: Path, manifest: Manifest, precision: Precision, target: Target
 
     graph = read_model(model)
     if precision == "int8":
-        changed = quantized(graph, _inputs(manifest))
+        changed = quantized(graph, _inputs(manifest), symmetric=target.startswith("tensorrt"))
         if target.startswith("tensorrt"):  # what is not int8 need not be float32
             changed = with_precision(changed, "f16")
     else:
