@@ -206,7 +206,8 @@ class Supervisor:
     def _start_when_ready(self) -> None:
         ready = all(child.ready for child in self._children.all)
         if ready and self._publisher.subscribers >= self._config.publish.wait_for:
-            settle()
+            if self._mode == "live":
+                settle()
             self._started = True
             self._outlet.output.start()
 

@@ -19,6 +19,9 @@ from pipeline.transport.hub import Word
 REST = 3.0
 """Times as long as the last frame took, before the next."""
 
+PATIENCE_S = 5.0
+"""With a frame of which nothing is heard, before another is taken."""
+
 Report = tuple[TargetReport, Trace]
 
 
@@ -91,6 +94,8 @@ class Trial:
             self._take_in("new", outcome)
         if len(self._made) == 2:
             self._parity.add(self._made["old"], self._made["new"])
+            self._rest()
+        elif self._seq is not None and time.monotonic() > self._offered_s + PATIENCE_S:
             self._rest()
 
     @property
