@@ -77,7 +77,7 @@ def run(config: PipelineConfig, asked: list[PipelineConfig]):
         for message, _ in supervisor.messages():
             messages.append(message)
             if sum(outcomes().values()) < requested:
-                quiet_until = len(messages) + 20
+                quiet_until = len(messages) + 5
             elif len(messages) >= quiet_until:
                 if requested < len(asked):
                     supervisor.reload(lambda number=requested: asked[number])
@@ -94,6 +94,7 @@ def assert_nothing_lost(messages) -> None:
     assert messages[-1]["schema"] == "irst.eos/1" and messages[-1]["published"] == len(frames)
 
 
+@pytest.mark.timeout(300)
 def test_only_an_engine_that_does_as_well_takes_over(config, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(
         "pipeline.runtime.supervisor.run_node", faulty_nodes.as_its_engine_is_called
