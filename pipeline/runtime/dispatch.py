@@ -31,6 +31,7 @@ class Job:
     row: int
     worker: bytes | None = None
     deaths: int = 0
+    superseded: bool = False  # to be finished by the workers that are retired
 
 
 @dataclass
@@ -109,13 +110,22 @@ class Dispatcher:
         """A worker can be given frames."""
         self._rows[row].workers.setdefault(worker, {})
 
-    def retire(self, worker: bytes) -> None:
-        """A worker is to finish what it holds, and gets nothing more."""
-        self._retired.add(worker)
+    def supersede(self) -> int:
+        """All workers are to finish the frames begun, and nothing more; the first of the others.
 
-    def is_idle(self, worker: bytes) -> bool:
-        """True if a worker holds nothing."""
-        return not any(row.workers.get(worker) for row in self._rows)
+        Those are for workers that come to be ready from now on.
+        """
+        self._retired = {worker for row in self._rows for worker in row.workers}
+        begun = [job.seq for job in self._jobs.values() if job.row > 1 or job.worker is not None]
+        first = max(begun) + 1 if begun else min(self._jobs, default=self.next_in)
+        for job in self._jobs.values():
+            job.superseded = job.seq < first
+        return first
+
+    @property
+    def superseding(self) -> bool:
+        """True while frames are under way that are for retired workers."""
+        return any(job.superseded for job in self._jobs.values())
 
     def gone(self, worker: bytes) -> None:
         """A worker is dead: what it held is the next to be done, by whoever is ready."""
@@ -135,15 +145,22 @@ class Dispatcher:
     def assign(self) -> Iterator[tuple[bytes, Job]]:
         """Give waiting frames to workers with room for them, the idlest first."""
         for number, row in enumerate(self._rows):
-            workers = [worker for worker in row.workers if worker not in self._retired]
-            while row.waiting and workers and self._room_after(number):
-                worker = min(workers, key=lambda name: len(row.workers[name]))
-                if len(row.workers[worker]) >= HELD_BY_WORKER:
+            while row.waiting and self._room_after(number):
+                workers = self._able(row, row.waiting[0])
+                worker = min(workers, key=lambda name: len(row.workers[name]), default=b"")
+                if not workers or len(row.workers[worker]) >= HELD_BY_WORKER:
                     break
                 job = row.waiting.popleft()
                 job.worker = worker
                 row.workers[worker][job.seq] = job
                 yield worker, job
+
+    def _able(self, row: _Row, job: Job) -> list[bytes]:
+        """Workers a frame may be given to; where those it is for are gone, all that are not."""
+        current = [worker for worker in row.workers if worker not in self._retired]
+        if not job.superseded:
+            return current
+        return [worker for worker in row.workers if worker in self._retired] or current
 
     def _room_after(self, number: int) -> bool:
         """True if what the row gives will find room in the next one."""
