@@ -23,7 +23,10 @@ MAX_DEATHS = 2
 
 @dataclass(eq=False)
 class Job:
-    """A frame on its way: the parts of its latest message, and whose turn it is."""
+    """A frame on its way: the parts of its latest message, and whose turn it is.
+
+    beside: what a node beside the flow says of it, or why it says nothing; see `join`.
+    """
 
     seq: int
     t_ingest_ns: int
@@ -31,6 +34,7 @@ class Job:
     row: int
     worker: bytes | None = None
     deaths: int = 0
+    beside: list[Any] | Dropped | None = None
 
 
 @dataclass
@@ -136,14 +140,35 @@ class Dispatcher:
         """Give waiting frames to workers with room for them, the idlest first."""
         for number, row in enumerate(self._rows):
             workers = [worker for worker in row.workers if worker not in self._retired]
-            while row.waiting and workers and self._room_after(number):
+            while workers and self._room_after(number) and (job := self._due(number)):
                 worker = min(workers, key=lambda name: len(row.workers[name]))
                 if len(row.workers[worker]) >= HELD_BY_WORKER:
                     break
-                job = row.waiting.popleft()
+                row.waiting.remove(job)
                 job.worker = worker
                 row.workers[worker][job.seq] = job
                 yield worker, job
+
+    def _due(self, number: int) -> Job | None:
+        """The frame a row is to work on next."""
+        waiting = self._rows[number].waiting
+        return waiting[0] if waiting else None
+
+    def has_workers(self, number: int) -> bool:
+        """True if somebody can be given frames of a row."""
+        return bool(self._rows[number].workers)
+
+    def holds(self, job: Job) -> bool:
+        """True if this job is on its way here."""
+        return self._jobs.get(job.seq) is job
+
+    def knows(self, seq: int) -> bool:
+        """True if a frame of this number is on its way."""
+        return seq in self._jobs
+
+    def node_of(self, job: Job) -> str:
+        """Name of the node whose turn a job is."""
+        return self._rows[job.row].node.name
 
     def _room_after(self, number: int) -> bool:
         """True if what the row gives will find room in the next one."""

@@ -80,7 +80,8 @@ class Reloader:
         check_swap(running, self._config)
         self._new = Children(self._children.entry, self._children.settings, _cannot_start)
         for child in self._children.all[1:]:
-            self._new.add(child.name, child.row, replace(child.task, config=self._config))
+            task = replace(child.task, config=self._config)
+            self._new.add(child.name, child.row, task, vital=child.vital)
             self._new.all[-1].generation = child.generation + 1
 
     def _take_over(self, new: Children) -> PipelineConfig | None:

@@ -29,6 +29,7 @@ TYPES: dict[str, type[Any]] = {
         messages.Patches,
         messages.Unmixed,
         messages.TargetReport,
+        messages.Objects,
         messages.Dropped,
     )
 }
