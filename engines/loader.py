@@ -1,28 +1,50 @@
 """Engines by name: the shipped ones in engines/models, or any manifest beside its model."""
 
-from collections.abc import Callable, Sequence
+import logging
+import stat
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from typing import Protocol
 
 import engines.backends
-from engines.base import Engine, Options
+from engines.base import Engine, Kind, Options
+from engines.build import BACKEND, SUFFIX, Build
 from engines.errors import EngineError, NoEngineFits
-from engines.manifest import Manifest, SensorLike, read_manifest, sha256_of
+from engines.manifest import Manifest, read_manifest, sha256_of
+from engines.sensor_needs import SensorLike
+
+log = logging.getLogger(__name__)
 
 MODELS = Path(__file__).parent / "models"
 DEFAULT = "default"
+PORTABLE = "openvino_cpu"
+"""What runs a model that was not built for a target."""
+
+
+class Backend(Protocol):
+    """A class of engines/backends."""
+
+    def __call__(self, manifest: Kind, model: Path, options: Options) -> Engine[Kind]:
+        """Load the model beside its manifest."""
+        ...
+
+    def misfits(self, build: Build) -> list[str]:
+        """See `Engine.misfits`."""
+        ...
 
 
 def resolve(name_or_path: str, sensor: SensorLike, models: Path = MODELS) -> Path:
     """The manifest that is meant.
 
     "default": of the shipped engines that fit the sensor the most specific one, then the one of
-    best held-out CSO-mAP. Another name: that shipped engine. A path: NAME.json, or the NAME.onnx
-    beside it. Raises EngineError, NoEngineFits where there is no default; whether a named engine
-    fits is left to `load`.
+    best held-out CSO-mAP, and of that the build this machine can run. Another name: that shipped
+    engine. A path: NAME.json, or the model beside it. Raises EngineError, NoEngineFits where there
+    is no default; whether a named engine fits is left to `load`.
     """
-    if Path(name_or_path).suffix in (".json", ".onnx"):
+    if Path(name_or_path).suffix in (".json", *SUFFIX.values()):
         path = Path(name_or_path).with_suffix(".json")
         if not path.is_file():
             raise EngineError(
@@ -36,21 +58,23 @@ def resolve(name_or_path: str, sensor: SensorLike, models: Path = MODELS) -> Pat
     if name_or_path not in shipped:
         raise EngineError(
             f"engine: no `{name_or_path}`; use {', '.join([DEFAULT, *shipped])}, "
-            "or the path of a .json or .onnx"
+            "or the path of a .json or of the model beside it"
         )
     return shipped[name_or_path]
 
 
 def _best_fit(manifests: dict[str, Manifest], sensor: SensorLike) -> str:
-    fitting = {name: m for name, m in manifests.items() if not m.fits(sensor)}
+    portable = {name: m for name, m in manifests.items() if m.build is None}
+    fitting = {name: m for name, m in portable.items() if not m.fits(sensor)}
     if not fitting:
-        reasons = [f"{name} is {m.fits(sensor)[0]}" for name, m in manifests.items()]
+        reasons = [f"{name} is {m.fits(sensor)[0]}" for name, m in portable.items()]
         raise NoEngineFits(
             f"engine: no shipped one fits this sensor ({'; '.join(reasons) or 'there is none'}); "
             "train one with `trainer fit` and `trainer export` and name its path, or use `model`, "
             "the imaging model without a network"
         )
-    return most_specific(list(fitting.items()))
+    best = most_specific(list(fitting.items()))
+    return _built_for_here(manifests, fitting[best]) or best
 
 
 def most_specific(candidates: Sequence[tuple[str, Manifest]]) -> str:
@@ -58,48 +82,126 @@ def most_specific(candidates: Sequence[tuple[str, Manifest]]) -> str:
     return max(candidates, key=lambda item: (item[1].sensor.number, item[1].cso_map))[0]
 
 
+def _built_for_here(manifests: dict[str, Manifest], portable: Manifest) -> str | None:
+    """The build of a portable model that this machine runs best, if there is one."""
+    builds = {
+        m.build.target: (name, m.build)
+        for name, m in manifests.items()
+        if m.build is not None and m.onnx_sha256 == portable.onnx_sha256
+    }
+    for target in BACKEND:
+        name, build = builds.get(target, ("", None))
+        if build is None:
+            continue
+        reasons = misfits(build)
+        if not reasons:
+            return name
+        log.info("engine %s is passed over: %s", name, reasons[0])
+    return None
+
+
+def misfits(build: Build) -> list[str]:
+    """What of this machine is not what the model was built for, a line each; empty if it runs."""
+    try:
+        return _backend(BACKEND[build.target]).misfits(build)
+    except EngineError as error:
+        return [str(error)]
+
+
 def load(
     name_or_path: str,
     sensor: SensorLike,
-    backend: str = "openvino_cpu",
+    backend: str | None = None,
     options: Options | None = None,
     models: Path = MODELS,
 ) -> Engine:
     """A warm engine for this sensor; raises EngineError, one line, if there is none."""
     path = resolve(name_or_path, sensor, models)
-    manifest = read_manifest(path)
-    mismatches = manifest.fits(sensor)
+    mismatches = read_manifest(path).fits(sensor)
     if mismatches:
         raise EngineError(
             f"engine {path}: {'; '.join(mismatches)}; use `--engine {DEFAULT}`, or correct the "
             "sensor's fields in the config"
         )
-    return open_engine(path, backend, options)
+    told = replace(options or Options(), sigma_px=sensor.sigma_px)
+    return open_engine(path, backend, told)
 
 
 def open_engine(
-    manifest_path: Path, backend: str = "openvino_cpu", options: Options | None = None
+    manifest_path: Path, backend: str | None = None, options: Options | None = None
 ) -> Engine:
-    """A warm engine for any sensor; raises EngineError if model and manifest do not agree."""
-    manifest = read_manifest(manifest_path)
-    model = manifest_path.with_suffix(".onnx")
+    """A warm engine for any sensor; see `open_model`."""
+    return open_model(manifest_path, read_manifest(manifest_path), backend, options)
+
+
+def open_model(
+    manifest_path: Path,
+    manifest: Kind,
+    backend: str | None = None,
+    options: Options | None = None,
+) -> Engine[Kind]:
+    """The model beside this manifest, of any kind, on the backend it is for.
+
+    backend: for a portable model, without: OpenVINO. Raises EngineError if model and manifest do
+    not agree, the model was built for another machine or backend, or its backend is not installed.
+    """
+    build, options = manifest.build, options or Options()
+    wanted = BACKEND[build.target] if build else PORTABLE
+    if build is not None and backend not in (None, wanted):
+        raise EngineError(
+            f"engine {manifest_path}: built for {build.target}, not for backend {backend}; use "
+            f"backend {wanted}, or the portable model"
+        )
+    model = model_path(manifest_path, build)
+    _check_model(model, manifest_path, build.model_sha256 if build else manifest.onnx_sha256)
+    made = _backend(backend or wanted)
+    reasons = made.misfits(build) if build else []
+    if build is not None and reasons:
+        raise EngineError(
+            f"engine {manifest_path}: {'; '.join(reasons)}; run "
+            f"`trainer compile MODEL.onnx --target {build.target}` on this machine"
+        )
+    if "sigma_px" in manifest.conditions and options.sigma_px is None:
+        raise EngineError(f"engine {manifest_path}: must be told the sensor's sigma_px; name one")
+    return made(manifest, model, options)
+
+
+def model_path(manifest_path: Path, build: Build | None) -> Path:
+    """The model file beside a manifest."""
+    return manifest_path.with_suffix(SUFFIX[build.target] if build else ".onnx")
+
+
+def _check_model(model: Path, manifest_path: Path, sha256: str) -> None:
     if not model.is_file():
         raise EngineError(f"{model}: the model is missing; put it beside {manifest_path.name}")
+    if model.suffix != ".onnx":
+        check_private(model)
     digest = sha256_of(model)
-    if digest != manifest.onnx_sha256:
+    if digest != sha256:
         raise EngineError(
             f"{model}: truncated or altered (SHA-256 {digest[:12]}…, its manifest says "
-            f"{manifest.onnx_sha256[:12]}…); copy or export it again"
+            f"{sha256[:12]}…); copy it, or export or compile it again"
         )
-    return _backend(backend)(manifest, model, options or Options())
+
+
+def check_private(model: Path) -> None:
+    """Refuse a file that somebody else could have put there: such models are programs."""
+    for path in (model, model.resolve().parent):
+        if path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise EngineError(
+                f"{path}: can be written to by others, and such a model runs as a program; "
+                f"chmod go-w {path}"
+            )
 
 
 def available_backends() -> list[str]:
     """Names of all backends, whether or not their libraries are installed."""
-    return sorted(module.name for module in iter_modules(engines.backends.__path__))
+    return sorted(
+        module.name for module in iter_modules(engines.backends.__path__) if module.name[0] != "_"
+    )
 
 
-def _backend(name: str) -> Callable[[Manifest, Path, Options], Engine]:
+def _backend(name: str) -> Backend:
     if name not in available_backends():
         raise EngineError(f"backend: no `{name}`; use {', '.join(available_backends())}")
     try:
@@ -109,7 +211,5 @@ def _backend(name: str) -> Callable[[Manifest, Path, Options], Engine]:
             f"backend {name}: its library is not installed ({error}); see the extras of "
             "irst-pipeline in pyproject.toml"
         ) from error
-    made: Callable[[Manifest, Path, Options], Engine] = getattr(
-        module, "".join(part.title() for part in name.split("_"))
-    )
+    made: Backend = getattr(module, "".join(part.title() for part in name.split("_")))
     return made

@@ -1,17 +1,20 @@
-"""The manifest beside a model, `NAME.json` for `NAME.onnx`: what it is, for whom, from where."""
+"""The manifest beside a model, `NAME.json`: what it is, for whom, from where.
+
+Common to all engines is `EngineManifest`; `Manifest` is that of networks that unmix.
+"""
 
 import hashlib
 import os
+from abc import abstractmethod
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from engines.build import Build, Sha256
 from engines.errors import EngineError, first_fault
 from engines.scaling import Plane, Scaling
-
-SIGMA_TOLERANCE = 0.15
-"""A sensor's σ may differ by this share: field engines are trained on ±10 %."""
+from engines.sensor_needs import SensorLike, SensorNeeds
 
 Output = Literal["intensity-map", "cell-targets"]
 """What a network says of each cell: its intensity, or the target in it (7 channels)."""
@@ -20,89 +23,70 @@ UNMEASURED_SPREAD = (0.05, 0.05)
 """Of the count, where it was not measured; see `Manifest.count_spread`."""
 
 CHANNELS = 7
-"""Of cell-targets: probability, x, y, intensity, and the sigmas of these three."""
+"""Of cell-targets; see pipeline/physics/cell_targets.py."""
 
 NAME_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
-Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
+
+Condition = Literal["sigma_px"]
+"""What a network is told of the sensor besides patches: σ of its PSF, px."""
 
 
-class SensorLike(Protocol):
-    """What an engine asks about a sensor; `pipeline.physics.sensor.Sensor` is one."""
+class EngineManifest(BaseModel):
+    """What every engine says of itself; unknown fields are errors.
 
-    @property
-    def sigma_px(self) -> float:
-        """Of the Gaussian PSF, px."""
-        ...
-
-    @property
-    def full_scale(self) -> int:
-        """Count at which a pixel saturates, DN."""
-        ...
-
-    @property
-    def noiseless(self) -> bool:
-        """True where only rounding separates a measurement from its expectation."""
-        ...
-
-
-class SensorNeeds(BaseModel):
-    """The sensor a network was trained for; a field left out may be anything."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    sigma_px: float | None = Field(None, gt=0.0)
-    sigma_range_px: tuple[float, float] | None = Field(
-        None, description="of a network that is told the sensor's σ"
-    )
-    full_scale: int | None = Field(None, ge=1)
-    noiseless: bool | None = None
-
-    @property
-    def number(self) -> int:
-        """How many fields are set: the more, the more specific."""
-        return len(self.model_dump(exclude_none=True))
-
-    def mismatches(self, sensor: SensorLike) -> list[str]:
-        """What does not fit, e.g. "made for sigma_px 0.5, the sensor has 0.8"; empty if all does.
-
-        sigma_px may differ by SIGMA_TOLERANCE of the engine's and must lie in sigma_range_px; the
-        other fields must be equal.
-        """
-        found = []
-        for name, wanted in self.model_dump(exclude_none=True).items():
-            has = getattr(sensor, "sigma_px" if name == "sigma_range_px" else name)
-            if not _serves(name, wanted, has):
-                found.append(f"made for {_said(name, wanted)}, the sensor has {_plain(has)}")
-        return found
-
-
-def _serves(name: str, wanted: Any, has: float | bool) -> bool:
-    if name == "sigma_px":
-        return bool(abs(has - wanted) <= SIGMA_TOLERANCE * wanted)
-    if name == "sigma_range_px":
-        return bool(wanted[0] <= has <= wanted[1])
-    return bool(has == wanted)
-
-
-def _said(name: str, wanted: Any) -> str:
-    if name == "sigma_range_px":
-        return f"sigma_px {wanted[0]:g} to {wanted[1]:g}"
-    return f"{name} {_plain(wanted)}"
-
-
-def _plain(value: float | bool) -> str:
-    return ("yes" if value else "no") if isinstance(value, bool) else f"{value:g}"
-
-
-class Manifest(BaseModel):
-    """Everything there is to know of an engine; unknown fields are errors.
-
-    Patches (B, *patch_shape) and maps (B, *map_shape) are float32, intensities in network units
-    (see engines/scaling.py); `output` says what the map holds of each cell.
+    The model is `NAME.onnx`, portable and run in float32, unless it was built for a target
+    (`trainer compile`): then `build` says for which machine, and what the model file is called.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     format: Literal["irst-engine/1"] = "irst-engine/1"
     name: str = Field(pattern=NAME_PATTERN)
+    max_batch: int = Field(16, ge=1, le=4096, description="patches inferred at a time")
+    conditions: tuple[Condition, ...] = Field(
+        (), description="inputs besides `patch`, of shape (1,), that do not change while it runs"
+    )
+    seed: int
+    samples: int = Field(ge=0, description="patches seen in training")
+    training_s: float = Field(ge=0.0)
+    loss: float = Field(description="training loss at the end; a log-likelihood may be negative")
+    parameters: int = Field(ge=0)
+    onnx_sha256: str = Sha256
+    weights_sha256: str = Sha256
+    versions: dict[str, str] = Field(description="library → version it was made with")
+    build: Build | None = None
+
+    @property
+    @abstractmethod
+    def patch_shape(self) -> tuple[int, ...]:
+        """Of what is given of one patch."""
+
+    @property
+    @abstractmethod
+    def map_shape(self) -> tuple[int, ...]:
+        """Of what one patch becomes."""
+
+    @property
+    def engine_id(self) -> str:
+        """12 hexadecimal digits of the model's hash: which engine a message came from."""
+        return (self.build.model_sha256 if self.build else self.onnx_sha256)[:12]
+
+    def write(self, path: Path) -> None:
+        """Write as JSON, whole or not at all."""
+        partial = path.with_name(path.name + ".part")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(self.model_dump_json(indent=2, exclude_none=True) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+
+class Manifest(EngineManifest):
+    """Of a network that unmixes.
+
+    Patches (B, *patch_shape) and maps (B, *map_shape) are float32, intensities in network units
+    (see engines/scaling.py); `output` says what the map holds of each cell.
+    """
+
     network: str = Field(description="file of trainer/networks it was made from")
     settings: dict[str, Any] = Field(description="that network's Config")
     size_px: int = Field(ge=3, le=255)
@@ -119,17 +103,8 @@ class Manifest(BaseModel):
     count_spread: tuple[float, float] = Field(
         UNMEASURED_SPREAD, description="of cell-targets: variance of the count, a + b Σ p(1 − p)"
     )
-    max_batch: int = Field(16, ge=1, le=4096, description="patches inferred at a time")
     profile: str = Field(description="data it was trained on")
-    seed: int
-    samples: int = Field(ge=0, description="patches seen in training")
-    training_s: float = Field(ge=0.0)
-    loss: float = Field(description="training loss at the end; a log-likelihood may be negative")
     cso_map: float = Field(ge=0.0, le=1.0, description="on held-out patches of the profile")
-    parameters: int = Field(ge=0)
-    onnx_sha256: str = Sha256
-    weights_sha256: str = Sha256
-    versions: dict[str, str] = Field(description="library → version it was made with")
 
     @property
     def patch_shape(self) -> tuple[int, ...]:
@@ -139,34 +114,23 @@ class Manifest(BaseModel):
 
     @property
     def map_shape(self) -> tuple[int, ...]:
-        """Of one patch's map: (cells, cells), cells = c · size_px, or (7, cells, cells)."""
+        """Of one patch's map: (cells, cells), cells = c · size_px, or (7 c², size_px, size_px)."""
         cells = self.c * self.size_px
-        return (cells, cells) if self.output == "intensity-map" else (CHANNELS, cells, cells)
+        if self.output == "intensity-map":
+            return (cells, cells)
+        return (CHANNELS * self.c**2, self.size_px, self.size_px)
 
     def fits(self, sensor: SensorLike) -> list[str]:
         """One line for each thing about the sensor this engine was not made for."""
         return self.sensor.mismatches(sensor)
 
-    def write(self, path: Path) -> None:
-        """Write as JSON, whole or not at all."""
-        partial = path.with_name(path.name + ".part")
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(self.model_dump_json(indent=2, exclude_none=True) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+
+AnyManifest = TypeVar("AnyManifest", bound=EngineManifest)
 
 
 def read_manifest(path: Path) -> Manifest:
     """Read and check a manifest; raises EngineError naming the field that is wrong."""
-    try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise EngineError(f"{path}: cannot read the manifest ({error.strerror})") from error
-    except ValidationError as error:
-        raise EngineError(
-            f"{path}: {first_fault(error)}; write it again with `trainer export`"
-        ) from error
+    manifest = parse_manifest(path, Manifest)
     for name in ("size_px", "c"):
         value = getattr(manifest, name)
         if value < 1 or value % 2 == 0:
@@ -175,6 +139,18 @@ def read_manifest(path: Path) -> Manifest:
                 f"odd {name}"
             )
     return manifest
+
+
+def parse_manifest(path: Path, kind: type[AnyManifest]) -> AnyManifest:
+    """Read a manifest of this kind; raises EngineError naming the field that is wrong."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise EngineError(f"{path}: cannot read the manifest ({error.strerror})") from error
+    except ValidationError as error:
+        raise EngineError(
+            f"{path}: {first_fault(error)}; write it again with `trainer export`"
+        ) from error
 
 
 def sha256_of(path: Path) -> str:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from engines.base import Engine, Maps, Patches
-from engines.manifest import Manifest, SensorNeeds
+from engines.manifest import Manifest
+from engines.sensor_needs import SensorNeeds
 from pipeline.formats.csist import CsistDataset
 from pipeline.physics.arrays import NumpyRandom
 from pipeline.physics.grid import target_map
@@ -214,10 +215,12 @@ class FakeEngine(Engine):
         self._maps, self._next = maps, 0
         self.seen: list[Patches] = []
 
-    def _infer_into(self, map_BHW: Maps, patch_BHW: Patches) -> None:
+    def _begin(self, slot: int, patch_BHW: Patches) -> None:
+        self.seen.append(patch_BHW.copy())
+
+    def _finish(self, slot: int, map_BHW: Maps) -> None:
         map_BHW[:] = self._maps[self._next : self._next + len(map_BHW)]
         self._next += len(map_BHW)
-        self.seen.append(patch_BHW.copy())
 
     def close(self) -> None:
         pass

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from cell_maps import cell_map
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.stats import norm
 
@@ -22,7 +23,7 @@ def said(batch=1, cells=33):
 
 
 def read(maps):
-    return read_cell_targets(maps, 0.5, SPREAD)
+    return read_cell_targets(cell_map(maps), 3, 0.5, SPREAD)
 
 
 def say(maps, image, cell, p, x, y, intensity=1.0, sigma=0.02):
@@ -52,7 +53,7 @@ def test_a_sure_cell_is_a_target_where_it_says():
     assert (found.p_count > 0.98).all()
     assert_allclose(found.cov_px2, [[0.02**2, 0, 0.02**2]] * 3, rtol=1e-5, atol=1e-12)
     assert_allclose(found.intensity_sigma, 0.05, rtol=1e-6)
-    rows = detections(read_maps(maps, UNITS, CELLS), 3)
+    rows = detections(read_maps(cell_map(maps), UNITS, CELLS), 3)
     assert [len(part) for part in rows] == [1, 0, 2]
     assert rows[0][0, 6] == pytest.approx(90.0) and rows[2][0, 6] == pytest.approx(200.0)
 
@@ -100,7 +101,7 @@ def test_a_target_that_may_be_there_is_read_as_unlikely():
     assert_array_equal(found.image, [0, 0, 1])
     assert_allclose(found.xy_px[1], 6.5, atol=1e-6)
     assert 0.02 < found.p_count[1] < 0.5
-    assert [len(part) for part in detections(read_maps(maps, UNITS, CELLS), 2)] == [1, 1]
+    assert [len(part) for part in detections(read_maps(cell_map(maps), UNITS, CELLS), 2)] == [1, 1]
 
 
 def test_the_count_is_normal_about_the_sum_of_the_probabilities():

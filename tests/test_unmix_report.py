@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cell_maps import cell_map
 from numpy.testing import assert_allclose, assert_array_equal
 
 from engines.base import Engine
-from engines.manifest import UNMEASURED_SPREAD, Manifest, SensorNeeds
+from engines.manifest import UNMEASURED_SPREAD, Manifest
+from engines.sensor_needs import SensorNeeds
 from pipeline.component import Context
 from pipeline.messages import Flag, FrameInfo, Patches, Unmixed, check_wire, targets_message
 from pipeline.physics.bounds import cramer_rao, fisher_information
@@ -53,8 +55,10 @@ class PerfectEngine(Engine):
         )
         self.map_BHW, self.seen = map_BHW.astype(np.float32), []
 
-    def _infer_into(self, map_BHW, patch_BHW) -> None:
+    def _begin(self, slot, patch_BHW) -> None:
         self.seen.append(patch_BHW.copy())
+
+    def _finish(self, slot, map_BHW) -> None:
         unit = self.unit if self.manifest.scaling == "peak" else SENSOR.full_scale
         map_BHW[...] = self.map_BHW / unit
 
@@ -120,7 +124,7 @@ def test_a_network_off_the_grid_says_where_how_sure_and_how_well():
     said[0, :, 16, 16] = [0.9, 5.04, 4.9, 2000.0, 0.03, 0.05, 10.0]
     said[1, :, 16, 17] = [0.95, 5.3, 5.1, 1500.0, 0.06, 0.06, 10.0]
     said[1, :, 16, 15] = [0.85, 4.8, 5.1, 1000.0, 0.06, 0.06, 10.0]
-    engine = PerfectEngine(said, "peak")
+    engine = PerfectEngine(cell_map(said), "peak")
     engine.unit = 1.0
     engine.manifest = engine.manifest.model_copy(update={"output": "cell-targets"})
     unmixed = Unmix(Unmix.Config(), SENSOR, engine).process(patches)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -153,7 +154,10 @@ def draw_maps(dataset: CsistDataset, systems: tuple[System, ...], path: Path) ->
     for system in shown:
         with system.load() as engine:
             answer = engine.infer(patches)
-        maps.append(answer if answer.ndim == 3 else answer[:, 0] * answer[:, 3])
+        if engine.manifest.output == "cell-targets":
+            cells = torch.pixel_shuffle(torch.from_numpy(answer), engine.manifest.c)
+            answer = (torch.sigmoid(cells[:, 0]) * cells[:, 3]).numpy()
+        maps.append(answer)
     for column, (title, images) in enumerate(zip(columns, maps, strict=True)):
         grid[0, column].set_title(title.replace("– without ", "without\n"), fontsize=8)
         c = images.shape[1] // dataset.image.shape[1]

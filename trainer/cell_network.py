@@ -16,19 +16,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engines.manifest import CHANNELS
+from pipeline.physics.cell_targets import LOG_SCALES
 from pipeline.physics.grid import cell_centres_px, cell_index
 from pipeline.physics.groups import MAX_TARGETS
 from trainer.network import UnmixingNetwork
 
 Likelihood = Literal["cells", "mixture"]
 
-LOG_SCALES = (-6.0, 3.0)
 RARE = -5.0
 """Log-odds at first that a cell holds a target: few do."""
 
 
 class CellNetwork(UnmixingNetwork):
-    """Patch in network units → what is in each cell (B, 7, cn, cn)."""
+    """Patch in network units → what is in each cell (B, 7 c², n, n).
+
+    The c² cells of a pixel are channels of it, row by row, for each of: log-odds that a target is
+    in the cell; its offset from the cell's centre, x and y, in cells; its intensity; the logarithms
+    of the Laplace scales of these three. `pipeline.physics.cell_targets` reads it.
+    """
 
     output = "cell-targets"
 
@@ -39,34 +44,21 @@ class CellNetwork(UnmixingNetwork):
         self.register_buffer("centres", centres, persistent=False)  # (cn,) px
 
     @abstractmethod
-    def raw(self, patch: Tensor) -> Tensor:
-        """Log-odds; offsets from the cell's centre in cells; intensity; log of Laplace scales."""
+    def forward(self, patch: Tensor) -> Tensor:
+        """See the class."""
+
+    def cells(self, patch: Tensor) -> Tensor:
+        """The same, cell by cell (B, 7, cn, cn)."""
+        return F.pixel_shuffle(self(patch), self.config.c)
 
     def truth(self, xy_px: Tensor, intensity: Tensor) -> Tensor:
         """The targets themselves (B, K, 3): x px, y px, intensity; 0 where there is none."""
         return torch.cat([xy_px, intensity[..., None]], dim=-1)
 
-    def forward(self, patch: Tensor) -> Tensor:
-        """Probability, x px, y px, intensity, and the standard deviations of these three."""
-        raw = self.raw(patch)
-        centres, c = self.get_buffer("centres"), self.config.c
-        scale = torch.exp(raw[:, 4:].clamp(*LOG_SCALES)) * 2.0**0.5  # of a Laplace distribution
-        return torch.cat(
-            [
-                torch.sigmoid(raw[:, :1]),
-                centres + raw[:, 1:2] / c,
-                centres[:, None] + raw[:, 2:3] / c,
-                raw[:, 3:4],
-                scale[:, :2] / c,
-                scale[:, 2:],
-            ],
-            dim=1,
-        )
-
     def loss(self, patch: Tensor, truth: Tensor) -> Tensor:
         """Negative log-likelihood of the targets (B, K, 3), nats a patch."""
         side = self.config.c * self.config.size_px
-        raw = self.raw(patch).float()
+        raw = self.cells(patch).float()
         present = truth[..., 2] > 0.0
         index = cell_index(truth[..., :2], self.config.c).clamp(0, side - 1).long()  # (B, K, 2)
         cell = index[..., 1] * side + index[..., 0]

@@ -14,17 +14,24 @@ import numpy as np
 import onnx
 import torch
 
-from engines.base import Engine
+from engines.base import Engine, Options
 from engines.loader import open_engine
-from engines.manifest import NAME_PATTERN, Manifest, SensorNeeds, sha256_of
+from engines.manifest import NAME_PATTERN, Manifest, sha256_of
 from engines.scaling import Scaling
+from engines.sensor_needs import SensorNeeds
 from pipeline.physics.groups import Profile, draw_patches
 from trainer.data import TorchRandom
 from trainer.errors import TrainerError, TrainingFailed
 from trainer.fit import averaged_weights, load_checkpoint, profile_for, read_log
 from trainer.fit_config import DETECTION_THRESHOLD, VALIDATION_SEED, FitConfig, fit_config
 from trainer.network import UnmixingNetwork
-from trainer.trained import TrainedNetwork, weights_sha256, with_weights, write_weights
+from trainer.trained import (
+    TrainedNetwork,
+    engine_planes,
+    weights_sha256,
+    with_weights,
+    write_weights,
+)
 from trainer.units import to_network_units
 from trainer.validation import measured_count_spread
 
@@ -76,8 +83,10 @@ def export(network: str, checkpoint: Path, out_dir: Path, name: str) -> tuple[Ma
         )
         manifest.write(model.with_suffix(".json"))
         write_weights(model.with_suffix(".pt"), manifest, weights)
-        with open_engine(model.with_suffix(".json")) as engine:
-            difference = parity(engine, built, profile_for(config.profile, built), config.scaling)
+        profile = profile_for(config.profile, built)
+        told = Options(sigma_px=profile.sensor.sigma_px)
+        with open_engine(model.with_suffix(".json"), options=told) as engine:
+            difference = parity(engine, built, profile, config.scaling)
         if not difference <= PARITY_TOLERANCE:
             raise TrainingFailed(
                 f"{name}: differs from torch by {difference:.1e}, allowed is "
@@ -91,18 +100,16 @@ def export(network: str, checkpoint: Path, out_dir: Path, name: str) -> tuple[Ma
 def write_onnx(network: UnmixingNetwork, path: Path) -> None:
     """The network as one ONNX file: `patch` (B, *patch_shape) → `map` (B, *map_shape), B dynamic.
 
+    Conditions are inputs of shape (1,) beside the patch.
     What the exporter notes about the source code (paths, lines) is left out.
     """
-    n = network.config.size_px
-    planes = () if network.planes == ("signal",) else (len(network.planes),)
-    example = torch.zeros(2, *planes, n, n)
     with _quiet():
         program = torch.onnx.export(
-            network,
-            (example,),
-            input_names=["patch"],
+            network.as_engine().eval(),
+            example(network),
+            input_names=["patch", *network.conditions],
             output_names=["map"],
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
+            dynamic_shapes=dynamic_shapes(network),
             dynamo=True,
             verbose=False,
         )
@@ -121,6 +128,20 @@ def write_onnx(network: UnmixingNetwork, path: Path) -> None:
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
+def example(network: UnmixingNetwork) -> tuple[torch.Tensor, ...]:
+    """Two patches and the conditions, as an engine of this network is given them."""
+    n, planes = network.config.size_px, engine_planes(network)
+    shape = (n, n) if planes == ("signal",) else (len(planes), n, n)
+    told = torch.tensor([network.config.sigma_px])
+    return (torch.zeros(2, *shape), *(told for _ in network.conditions))
+
+
+def dynamic_shapes(network: UnmixingNetwork) -> tuple[dict[int, Any] | None, ...]:
+    """For torch's exporters: any number of patches, one value of each condition."""
+    batch = {0: torch.export.Dim("batch", min=1, max=4096)}
+    return (batch, *(None for _ in network.conditions))
+
+
 def parity(engine: Engine, network: UnmixingNetwork, profile: Profile, scaling: Scaling) -> float:
     """Largest difference between the engine's maps and torch's on patches never trained on.
 
@@ -132,10 +153,10 @@ def parity(engine: Engine, network: UnmixingNetwork, profile: Profile, scaling: 
         profile.sensor,
         scaling,
         background=profile.background > 0.0,
-        planes=network.planes,
+        planes=engine_planes(network),
     )
     patches = seen.patch.float().numpy()
-    with TrainedNetwork(engine.manifest, network) as reference:
+    with TrainedNetwork(engine.manifest, network, profile.sensor.sigma_px) as reference:
         wanted = reference.infer(patches)
     difference = np.abs(engine.infer(patches) - wanted) / np.maximum(1.0, np.abs(wanted))
     return float(difference.max())
@@ -163,7 +184,8 @@ def _facts(config: FitConfig, network: UnmixingNetwork, record: dict[str, float]
         "settings": network.config.model_dump(mode="json"),
         "size_px": network.config.size_px,
         "c": network.config.c,
-        "planes": network.planes,
+        "planes": engine_planes(network),
+        "conditions": network.conditions,
         "output": network.output,
         "sigma_px": network.config.sigma_px,
         "scaling": config.scaling,

@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from engines.manifest import Output
+from engines.manifest import Condition, Output
 from engines.scaling import Plane
 from pipeline.physics.grid import target_map
 
@@ -15,14 +15,19 @@ class UnmixingNetwork(nn.Module):
     A network of several `planes` takes (B, planes, n, n), see engines/scaling.py.
 
     "intensity-map": the intensity in the cell (B, cn, cn), in network units; "cell-targets": see
-    `pipeline.physics.cell_targets` (B, 7, cn, cn).
+    `trainer.cell_network` (B, 7 c², n, n).
     """
 
     config: Any  # the nested Config, with at least size_px, c and sigma_px
     planes: ClassVar[tuple[Plane, ...]] = ("signal",)
+    conditions: ClassVar[tuple[Condition, ...]] = ()
     output: ClassVar[Output] = "intensity-map"
     trained: ClassVar[bool] = True
     """False: a solver, which has no weights."""
+
+    def as_engine(self) -> nn.Module:
+        """What an engine runs: it takes the planes other than σ, and `conditions`, each (1,)."""
+        return self
 
     def truth(self, xy_px: Tensor, intensity: Tensor) -> Tensor:
         """What `loss` compares with, of targets (B, K, 2) px and (B, K) in network units, 0: none.

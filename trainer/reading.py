@@ -51,7 +51,7 @@ def read_maps(
     if reading.output == "intensity-map":
         peaks = grid_detections(maps, reading.c, reading.threshold)
     else:
-        peaks = read_cell_targets(maps, reading.sigma_px, reading.count_spread)
+        peaks = read_cell_targets(maps, reading.c, reading.sigma_px, reading.count_spread)
     return Candidates.read(peaks, unit_B)
 
 

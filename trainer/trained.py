@@ -17,7 +17,9 @@ from torch import Tensor
 from engines.base import Engine, Maps, Patches
 from engines.errors import first_fault
 from engines.loader import most_specific
-from engines.manifest import Manifest, SensorLike, SensorNeeds
+from engines.manifest import Manifest
+from engines.scaling import Plane
+from engines.sensor_needs import SensorLike, SensorNeeds
 from trainer import registry
 from trainer.errors import TrainerError
 from trainer.fit_config import DETECTION_THRESHOLD
@@ -30,15 +32,26 @@ BATCH = 64
 
 
 class TrainedNetwork(Engine):
-    """The network itself, in torch float32 on the CPU: the reference for every backend."""
+    """The network itself, in torch float32 on the CPU: the reference for every backend.
 
-    def __init__(self, manifest: Manifest, network: UnmixingNetwork) -> None:
+    sigma_px: of the sensor, told to a network that asks for it; without, the network's own.
+    """
+
+    def __init__(
+        self, manifest: Manifest, network: UnmixingNetwork, sigma_px: float | None = None
+    ) -> None:
         super().__init__(manifest.model_copy(update={"max_batch": BATCH}))
         self.network = network.eval()
+        told = {"sigma_px": sigma_px or manifest.sigma_px}
+        self._told = [torch.tensor([told[name]]) for name in network.conditions]
+        self._maps: dict[int, Tensor] = {}
 
-    def _infer_into(self, map_BHW: Maps, patch_BHW: Patches) -> None:
+    def _begin(self, slot: int, patch_BHW: Patches) -> None:
         with torch.no_grad():
-            torch.from_numpy(map_BHW).copy_(self.network(torch.from_numpy(patch_BHW)))
+            self._maps[slot] = self.network.as_engine()(torch.from_numpy(patch_BHW), *self._told)
+
+    def _finish(self, slot: int, map_BHW: Maps) -> None:
+        map_BHW[...] = self._maps.pop(slot).numpy()
 
     def close(self) -> None:
         """Nothing is held that needs releasing."""
@@ -67,13 +80,14 @@ def load_trained(
             f"network {network}: no weights for this sensor ({'; '.join(reasons) or 'none shipped'}"
             "); train it, `trainer export` it and name its file with --weights"
         )
-    return load_weights(Path(most_specific(fitting)))
+    return load_weights(Path(most_specific(fitting)), sensor.sigma_px)
 
 
-def load_weights(path: Path) -> TrainedNetwork:
+def load_weights(path: Path, sigma_px: float | None = None) -> TrainedNetwork:
     """The network of a weights file; raises TrainerError if it is none, or not whole."""
     manifest, state = read_weights(path)
-    return TrainedNetwork(manifest, with_weights(manifest.network, manifest.settings, state))
+    network = with_weights(manifest.network, manifest.settings, state)
+    return TrainedNetwork(manifest, network, sigma_px)
 
 
 def load_solver(name: str, settings: dict[str, Any]) -> TrainedNetwork:
@@ -86,7 +100,8 @@ def load_solver(name: str, settings: dict[str, Any]) -> TrainedNetwork:
         settings=config.model_dump(mode="json"),
         size_px=config.size_px,
         c=config.c,
-        planes=network.planes,
+        planes=engine_planes(network),
+        conditions=network.conditions,
         sigma_px=config.sigma_px,
         output=network.output,
         scaling="full_scale",
@@ -105,6 +120,11 @@ def load_solver(name: str, settings: dict[str, Any]) -> TrainedNetwork:
         versions={},
     )
     return TrainedNetwork(manifest, network)
+
+
+def engine_planes(network: UnmixingNetwork) -> tuple[Plane, ...]:
+    """What an engine is given of each patch: σ, the same for all, is told it as a condition."""
+    return tuple(plane for plane in network.planes if plane != "sigma")
 
 
 def with_weights(

@@ -8,7 +8,7 @@ from scipy.optimize import minimize
 from engines.manifest import UNMEASURED_SPREAD
 from engines.scaling import Scaling
 from pipeline.physics.candidates import count_probabilities
-from pipeline.physics.cell_targets import CountSpread, count_at_least
+from pipeline.physics.cell_targets import CountSpread, cell_probability, count_at_least
 from pipeline.physics.groups import MAX_TARGETS, Profile, draw_patches
 from trainer.data import TorchRandom
 from trainer.fit_config import VALIDATION_SEED
@@ -58,8 +58,8 @@ def measured_count_spread(
         patch, profile.sensor, scaling, background=profile.background > 0.0, planes=network.planes
     )
     with torch.no_grad():
-        parts = [network(part)[:, 0].flatten(1) for part in seen.patch.split(_PATCHES_AT_ONCE)]
-    p = torch.cat(parts).numpy()
+        parts = [network(part) for part in seen.patch.split(_PATCHES_AT_ONCE)]
+    p = cell_probability(torch.cat(parts).numpy(), network.config.c)
     row, count = np.arange(samples), groups.count.numpy()
 
     def surprise(logarithms: NDArray[np.float64]) -> float:

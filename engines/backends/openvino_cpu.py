@@ -1,10 +1,11 @@
 """OpenVINO on the CPU: the engine wherever there is no better one.
 
-Precision is set on purpose: left alone, OpenVINO computes in bfloat16 on CPUs that have it, with
-map errors of a few percent. The batch is dynamic. Measured with the shipped network in f32, a
-patch's map has the same bits at every batch size from 1 to 64 and on one or two threads, so
-nothing is padded; patches/s on one thread at batches of 1, 2, 5, 8, 16, 32, 64 were 240, 273,
-328, 338, 357, 354, 312. A model of fixed batch is a tenth faster but differs in the last bits.
+Precision is set on purpose: left alone, OpenVINO computes in bfloat16 on CPUs that have it. A
+portable model runs in f32; what else is as good and faster here, `trainer compile` measures. In
+f32 a patch's map has the same bits in any batch and on any number of threads.
+
+What the network is told of the sensor (`manifest.conditions`) becomes a constant before the model
+is compiled, so that all that follows from it is computed once.
 """
 
 from pathlib import Path
@@ -12,48 +13,88 @@ from typing import Any
 
 import numpy as np
 import openvino
+from openvino import opset13
 
-from engines.base import Engine, Maps, Options, Patches
+from engines.base import IN_FLIGHT, Engine, Kind, Maps, Options, Patches
+from engines.build import Build
 from engines.errors import EngineError
-from engines.manifest import Manifest
+from engines.manifest import EngineManifest
+
+CAPABILITY = {"f32": "FP32", "bf16": "BF16", "int8": "INT8"}
+"""What OpenVINO calls a precision the CPU has instructions for."""
 
 
-class OpenvinoCpu(Engine):
-    """Compiles the ONNX model once, when made, and warms it up."""
+class OpenvinoCpu(Engine[Kind]):
+    """Compiles the ONNX model when made, and warms it up at its least and its largest batch."""
 
-    def __init__(self, manifest: Manifest, model: Path, options: Options) -> None:
+    def __init__(self, manifest: Kind, model: Path, options: Options) -> None:
         super().__init__(manifest)
-        properties: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": options.precision,
-            "PERFORMANCE_HINT": "LATENCY",
-        }
-        if options.threads is not None:
-            properties["INFERENCE_NUM_THREADS"] = options.threads
         try:
             network = openvino.Core().read_model(model)
         except RuntimeError as error:
             raise EngineError(
-                f"{model}: OpenVINO cannot read it ({_first_line(error)}); export it again"
+                f"{model}: OpenVINO cannot read it ({_last_line(error)}); export it again"
             ) from error
+        for name in manifest.conditions:
+            _tell(network, name, getattr(options, name), model)
         _check_shapes(network, manifest, model)
-        compiled = openvino.compile_model(network, "CPU", properties)
-        self._request = compiled.create_infer_request()
+        compiled = openvino.compile_model(network, "CPU", _properties(manifest.build, options))
+        self._requests = [compiled.create_infer_request() for _ in range(IN_FLIGHT)]
         for batch in sorted({1, manifest.max_batch}):
-            self.infer(np.zeros((batch, *manifest.patch_shape), np.float32))
+            for _ in self._requests:
+                self.infer(np.zeros((batch, *manifest.patch_shape), np.float32))
 
-    def _infer_into(self, map_BHW: Maps, patch_BHW: Patches) -> None:
-        if self._request is None:
+    @classmethod
+    def misfits(cls, build: Build) -> list[str]:
+        """The precision, if this CPU would only imitate it."""
+        has = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if CAPABILITY[build.precision] in has:
+            return []
+        return [f"precision {build.precision}: this CPU has no instructions for it"]
+
+    def _begin(self, slot: int, patch_BHW: Patches) -> None:
+        if not self._requests:
             raise RuntimeError(f"engine {self.manifest.name} is closed")
-        # share_inputs: the patches are read in place; the output is a view until the next call.
-        result = self._request.infer([patch_BHW], share_inputs=True, share_outputs=True)
-        map_BHW[...] = result[0]
+        # share_inputs: the patches are read in place.
+        self._requests[slot].start_async([patch_BHW], share_inputs=True)
+
+    def _finish(self, slot: int, map_BHW: Maps) -> None:
+        request = self._requests[slot]
+        request.wait()
+        map_BHW[...] = request.get_output_tensor(0).data
 
     def close(self) -> None:
         """Let go of the compiled model."""
-        self._request = None
+        self._requests = []
 
 
-def _check_shapes(network: Any, manifest: Manifest, model: Path) -> None:
+def _properties(build: Build | None, options: Options) -> dict[str, Any]:
+    """OpenVINO's settings of what was built, or of a portable model, with these options."""
+    precision = build.precision if build else options.precision
+    threads = options.threads or (build.threads if build else None)
+    properties: dict[str, Any] = {
+        # What is not quantised in an int8 model is computed in f32.
+        "INFERENCE_PRECISION_HINT": "f32" if precision == "int8" else precision,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    if threads is not None:
+        properties["INFERENCE_NUM_THREADS"] = threads
+    return properties
+
+
+def _tell(network: Any, name: str, value: float, model: Path) -> None:
+    """Put a constant in the place of the input of this name."""
+    for parameter in network.get_parameters():
+        if name in parameter.output(0).get_names():
+            constant = opset13.constant(np.array([value], np.float32))
+            parameter.output(0).replace(constant.output(0))
+            network.remove_parameter(parameter)
+            network.validate_nodes_and_infer_types()
+            return
+    raise EngineError(f"{model}: has no input `{name}`, its manifest says so; export it again")
+
+
+def _check_shapes(network: Any, manifest: EngineManifest, model: Path) -> None:
     """Refuse a model whose patches or maps are not what the manifest says."""
     sides = (
         ("takes patches", network.inputs, manifest.patch_shape),
@@ -64,12 +105,11 @@ def _check_shapes(network: Any, manifest: Manifest, model: Path) -> None:
         wanted = openvino.PartialShape([-1, *shape])
         if len(ports) != 1 or not ports[0].partial_shape.same_scheme(wanted):
             raise EngineError(
-                f"{model}: {what} of shape {', '.join(shapes)}, its manifest says {wanted} "
-                f"(size_px {manifest.size_px}, c {manifest.c}); "
+                f"{model}: {what} of shape {', '.join(shapes)}, its manifest says {wanted}; "
                 "export it again with `trainer export`"
             )
 
 
-def _first_line(error: RuntimeError) -> str:
-    """The last line of OpenVINO's message; the ones before are places in its own source."""
+def _last_line(error: RuntimeError) -> str:
+    """Of OpenVINO's message; the lines before are places in its own source."""
     return " ".join(str(error).strip().splitlines()[-1].split())

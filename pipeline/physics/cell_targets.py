@@ -1,17 +1,23 @@
 """Reading networks that answer off the grid: for each cell the target in it, if there is one.
 
-Such a map is (B, 7, cH, cW): the probability that a target's position lies in the cell, and, if
-so, its x and y in px, its intensity, and the standard deviations of these three. A target whose
-cell is uncertain has its probability spread over several; what belongs together is gathered here.
+Such a map is (B, 7 c², H, W). The c × c cells of a pixel are channels of it, row by row, for each
+of: the log-odds that a target's position lies in the cell, and, if so, its offset from the cell's
+centre, x and y, in cells, its intensity, and the logarithms of the Laplace scales of these three.
+A target whose cell is uncertain has its probability spread over several; what belongs together is
+gathered here. Only the few cells that may hold a target are turned into pixels and counts.
 """
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr
+from scipy.special import expit, ndtr
 
-from pipeline.physics.grid import Peaks
+from pipeline.physics.grid import Peaks, cell_centres_px
 
 Vector = NDArray[np.float64]
+
+CHANNELS = 7
+LOG_SCALES = (-6.0, 3.0)
+"""Between these a network may say how sure it is."""
 
 REACH_SIGMA = 0.6
 """Cells that say a target at most so many σ of the PSF apart speak of the same one: six tenths of
@@ -32,7 +38,7 @@ numbers, with variance a + b Σ p(1 − p); of each engine, measured when it is 
 
 
 def read_cell_targets(
-    map_BCHW: NDArray[np.floating], sigma_px: float, count_spread: CountSpread
+    map_BCHW: NDArray[np.floating], c: int, sigma_px: float, count_spread: CountSpread
 ) -> Peaks:
     """Targets of each patch, the surest first, and one more where it is not sure there is none.
 
@@ -42,14 +48,12 @@ def read_cell_targets(
     probability of k or more in the patch, so its differences are the probabilities of the counts,
     and those of at least a half are as many targets as the cells' probabilities add up to, rounded.
     """
-    batch, channels, height, width = map_BCHW.shape
-    flat = map_BCHW.reshape(batch, channels, height * width)
-    heard = min(SPEAKING, height * width)
-    more = count_at_least(flat[:, 0], heard, count_spread)  # (B, heard)
+    p = cell_probability(map_BCHW, c)
+    heard = min(SPEAKING, p.shape[1])
+    more = count_at_least(p, heard, count_spread)  # (B, heard)
     number = np.minimum((more >= 0.5).sum(axis=1) + 1, (more >= SPARE).sum(axis=1))
-    loudest = np.argpartition(flat[:, 0], -heard, axis=1)[:, -heard:]
-    cells = np.take_along_axis(flat, loudest[:, None], axis=2).astype(np.float64)  # (B, 7, M)
-    left = np.clip(cells[:, 0], 0.0, 1.0)
+    cells = _loudest(map_BCHW, p, heard, c)  # (B, 7, heard)
+    left = cells[:, 0].copy()
     parts: list[Peaks] = []
     for rank in range(int(number.max(initial=0))):
         row = np.flatnonzero(number > rank)
@@ -64,11 +68,42 @@ def read_cell_targets(
     return joined.take(np.argsort(joined.image, kind="stable"))
 
 
+def cell_probability(map_BCHW: NDArray[np.floating], c: int) -> Vector:
+    """Probability (B, c² H W) that a target is in each cell, the cells in the map's own order."""
+    batch, _, height, width = map_BCHW.shape
+    odds = map_BCHW[:, : c * c].reshape(batch, c * c * height * width)
+    p: Vector = expit(odds.astype(np.float64))
+    return p
+
+
+def _loudest(map_BCHW: NDArray[np.floating], p: Vector, heard: int, c: int) -> Vector:
+    """The most probable cells (B, 7, heard): p, x px, y px, intensity, and their deviations."""
+    batch, _, height, width = map_BCHW.shape
+    place = np.argpartition(p, -heard, axis=1)[:, -heard:]
+    said = map_BCHW.reshape(batch, CHANNELS, c * c * height * width)
+    said = np.take_along_axis(said, place[:, None], axis=2).astype(np.float64)
+    cell, pixel = np.divmod(place, height * width)
+    centre = cell_centres_px(1, c)
+    deviation = np.sqrt(2.0) * np.exp(np.clip(said[:, 4:], *LOG_SCALES))  # of a Laplace variable
+    return np.stack(
+        [
+            np.take_along_axis(p, place, axis=1),
+            pixel % width + centre[cell % c] + said[:, 1] / c,
+            pixel // width + centre[cell // c] + said[:, 2] / c,
+            said[:, 3],
+            deviation[:, 0] / c,
+            deviation[:, 1] / c,
+            deviation[:, 2],
+        ],
+        axis=1,
+    )
+
+
 def count_at_least(
     p_BM: NDArray[np.floating], most: int, count_spread: CountSpread
 ) -> NDArray[np.float64]:
     """Probability (B, most) that a patch holds at least 1, 2, … targets, of its cells' p (B, M)."""
-    p = np.clip(p_BM, 0.0, 1.0).astype(np.float64)
+    p = p_BM.astype(np.float64)
     a, b = count_spread
     deviation = np.sqrt(a + b * np.sum(p * (1.0 - p), axis=1))[:, None]
     result: NDArray[np.float64] = ndtr(

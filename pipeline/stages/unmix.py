@@ -81,7 +81,10 @@ class Unmix(Stage[Patches, Unmixed]):
         manifest = engine.manifest
         signal = np.where(message.usable_BHW, message.counts_BHW - message.background_BHW, 0.0)
         signal = signal.astype(np.float32)
-        noise = pixel_noise(message.counts_BHW.astype(np.float32), message.usable_BHW, self._sensor)
+        noise = signal
+        if "noise" in manifest.planes:
+            counts = message.counts_BHW.astype(np.float32)
+            noise = pixel_noise(counts, message.usable_BHW, self._sensor)
         unit = network_unit(signal, manifest.scaling, self._sensor.full_scale)
         patch = network_input(signal, noise, self._sensor.sigma_px, unit, manifest.planes)
         maps = engine.infer(patch)
@@ -100,13 +103,13 @@ class Unmix(Stage[Patches, Unmixed]):
             patches=message,
             joint_px2=np.full((len(maps), 0, 0), np.nan),
             cell_px=1.0 / manifest.c,
-            engine=manifest.onnx_sha256[:12],
+            engine=manifest.engine_id,
             source=manifest.name,
         )
 
     def _read(self, maps: Maps, manifest: Manifest) -> Peaks:
         if manifest.output == "cell-targets":
-            return read_cell_targets(maps, self._sensor.sigma_px, manifest.count_spread)
+            return read_cell_targets(maps, manifest.c, self._sensor.sigma_px, manifest.count_spread)
         config = self._config
         threshold = config.threshold or manifest.detection_threshold
         separate = manifest.separate if config.separate is None else config.separate

@@ -17,7 +17,7 @@ from trainer.networks.dista_net import DistaNet
 
 
 class DistaOffGrid(CellNetwork):
-    """Patch in network units (B, n, n) → what is in each cell (B, 7, cn, cn)."""
+    """Patch in network units (B, n, n) → what is in each cell (B, 7 c², n, n)."""
 
     class Config(DistaNet.Config):
         """2,217,703 parameters by default: the paper's stages, 64 channels to read them."""
@@ -42,13 +42,13 @@ class DistaOffGrid(CellNetwork):
         maps = target_map(truth[..., :2], truth[..., 2], self.config.size_px, self.config.c)
         self.unfolded.fit_initial(patch, maps)
 
-    def raw(self, patch: Tensor) -> Tensor:
-        """See `CellNetwork.raw`."""
+    def forward(self, patch: Tensor) -> Tensor:
+        """See `CellNetwork`."""
         unfolded = self.unfolded(patch)
         saturated = (patch >= 1.0).to(patch.dtype)
         wide = saturated.repeat_interleave(self.config.c, 1).repeat_interleave(self.config.c, 2)
         features = F.relu(self.first(torch.stack([unfolded, wide], dim=1)))
-        return self.head(F.relu(self.second(features)))
+        return F.pixel_unshuffle(self.head(F.relu(self.second(features))), self.config.c)
 
 
 Network = DistaOffGrid

@@ -1,7 +1,7 @@
 """Off the grid: a small residual network at the resolution of the sensor.
 
-All convolutions are over the sensor's own pixels, and only the last layer's channels are shuffled
-into cells, so it costs a fraction of the unfolded networks. See trainer/cell_network.py for what
+All convolutions are over the sensor's own pixels, and only the last layer's channels are cells, so
+it costs a fraction of the unfolded networks. See trainer/cell_network.py for what
 it answers and how it is trained.
 """
 
@@ -15,7 +15,7 @@ from trainer.cell_network import RARE, CellNetwork, Likelihood
 
 
 class OffGrid(CellNetwork):
-    """Patch in network units (B, n, n) → what is in each cell (B, 7, cn, cn)."""
+    """Patch in network units (B, n, n) → what is in each cell (B, 7 c², n, n)."""
 
     class Config(BaseModel):
         """170,271 parameters, 20 M multiply-adds by default."""
@@ -39,9 +39,10 @@ class OffGrid(CellNetwork):
             self.head.bias.zero_()  # type: ignore[union-attr]
             self.head.bias[: config.c**2] = RARE  # type: ignore[index]
 
-    def raw(self, patch: Tensor) -> Tensor:
-        """See `CellNetwork.raw`."""
-        return F.pixel_shuffle(self.head(self.features(patch)), self.config.c)
+    def forward(self, patch: Tensor) -> Tensor:
+        """See `CellNetwork`."""
+        cells: Tensor = self.head(self.features(patch))
+        return cells
 
     def features(self, patch: Tensor) -> Tensor:
         """(B, channels, n, n)."""
