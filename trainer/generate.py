@@ -11,15 +11,17 @@ from pipeline.formats.recording import RecordingWriter
 from pipeline.physics.groups import PROFILES
 from pipeline.physics.scene import Scene, SceneSettings
 from trainer.errors import TrainerError
+from trainer.yolo.scenes import SceneDraw, draw_frame
 
-SCENE = "scene"
+SCENE, CLUTTER = "scene", "clutter"
+CLUTTER_DRAW = SceneDraw(height=256, width=320)
 FRAME_INTERVAL_NS = 10_000_000
 """A scene is recorded at 100 Hz; its clock starts at 0."""
 
 
 def available_profiles() -> list[str]:
-    """The benchmark's profiles of patches, and whole scenes."""
-    return [*PROFILES, SCENE]
+    """The benchmark's profiles of patches, whole scenes, and frames of clutter."""
+    return [*PROFILES, SCENE, CLUTTER]
 
 
 def generate(
@@ -31,6 +33,8 @@ def generate(
     """
     if profile == SCENE:
         write_scene(out, count, seed, progress)
+    elif profile == CLUTTER:
+        write_clutter(out, count, seed, progress)
     elif profile in PROFILES:
         write_csist(out, PROFILES[profile], count, seed, progress)
     else:
@@ -53,6 +57,30 @@ def write_scene(out: Path, frames: int, seed: int, progress: Callable[[int], Non
             )
             progress(index + 1)
     cv2.imwrite(str(bad_pixels_path(out)), scene.bad_pixels_HW.astype(np.uint8) * 255)
+
+
+def write_clutter(
+    out: Path,
+    frames: int,
+    seed: int,
+    progress: Callable[[int], None],
+    draw: SceneDraw = CLUTTER_DRAW,
+) -> None:
+    """Record frames of point targets over clutter with their truth, no two of one scene."""
+    with RecordingWriter(out, (draw.height, draw.width), draw.sensor) as writer:
+        first = 0
+        for index in range(frames):
+            frame = draw_frame(draw, np.random.default_rng([seed, index]))
+            end = first + len(frame.intensity)
+            writer.append(
+                frame.pixels_HW,
+                index * FRAME_INTERVAL_NS,
+                xy_px=frame.xy_px,
+                target_id=np.arange(first, end, dtype=np.int32),
+                intensity=frame.intensity.astype(np.float32),
+            )
+            first = end
+            progress(index + 1)
 
 
 def bad_pixels_path(recording: Path) -> Path:

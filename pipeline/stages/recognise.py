@@ -9,7 +9,7 @@ from pydantic import Field
 
 from engines.base import Options
 from engines.frame_detector import FrameDetector
-from engines.loader import load_detector
+from engines.detectors import load_detector
 from pipeline.component import Context, Settings, Stage
 from pipeline.imaging.bad_pixels import Repair
 from pipeline.messages import Frame, Objects

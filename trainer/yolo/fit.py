@@ -43,7 +43,7 @@ class YoloFit(BaseModel):
     batch: int = Field(16, gt=0)
     learning_rate: float = Field(3e-3, gt=0)
     warmup: float = Field(0.03, ge=0.0, lt=1.0)
-    ema_decay: float = Field(0.998, ge=0.0, lt=1.0)
+    ema_decay: float = Field(0.99, ge=0.0, lt=1.0)
     clip_norm: float = Field(5.0, gt=0)
     save_every: int = Field(100, gt=0, description="steps")
 

@@ -58,11 +58,11 @@ def _without_torchvision() -> Iterator[None]:
 
 try:
     with _without_torchvision():
-        from libreyolo.models.yolo9.nn import ELAN, SPPELAN, AConv, Conv, DDetect, RepNCSPELAN
+        from libreyolo.models.yolo9.nn import ELAN, SPPELAN, AConv, Conv, DDetect, RepConvN, RepNCSPELAN
 except ImportError as error:
     raise TrainerError(
         f"yolo: needs libreyolo ({error}): pip install --no-deps libreyolo==1.6.0 requests "
         'safetensors tqdm, or "irst-pipeline[yolo]" where torchvision can be had'
     ) from error
 
-__all__ = ["ELAN", "SPPELAN", "AConv", "Conv", "DDetect", "RepNCSPELAN"]
+__all__ = ["ELAN", "SPPELAN", "AConv", "Conv", "DDetect", "RepConvN", "RepNCSPELAN"]

@@ -7,11 +7,13 @@ pixels, and there is little to know of it.
     → (B, 4 + classes, N): x0, y0, x1, y1 in pixels of the input, a score for each class
 """
 
+from copy import deepcopy
+
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from trainer.yolo.libre import ELAN, SPPELAN, AConv, Conv, DDetect, RepNCSPELAN
+from trainer.yolo.libre import ELAN, SPPELAN, AConv, Conv, DDetect, RepConvN, RepNCSPELAN
 from trainer.yolo.scenes import CLASSES
 
 STRIDES = (4, 8)
@@ -63,3 +65,12 @@ class YoloNetwork(nn.Module):
             return total
         decoded: Tensor = self.head([up4, up8])[0]
         return decoded
+
+    def as_engine(self) -> "YoloNetwork":
+        """A copy to be exported: parallel convolutions are one, the answer is all there is."""
+        network = deepcopy(self).eval()
+        network.head.export = True
+        for module in network.modules():
+            if isinstance(module, RepConvN):
+                module.fuse_convs()
+        return network

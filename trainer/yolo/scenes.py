@@ -58,6 +58,7 @@ class LabelledFrame(NamedTuple):
     label: NDArray[np.int64]  # (K,) row of CLASSES
     xy_px: NDArray[np.float64]  # (M, 2) of the targets
     intensity: NDArray[np.float64]  # (M,) counts
+    noise: float  # of a pixel, counts
 
 
 def draw_frame(draw: SceneDraw, rng: np.random.Generator) -> LabelledFrame:
@@ -107,6 +108,7 @@ class _Canvas:
             np.array(self._labels, np.int64),
             targets[:, :2],
             targets[:, 2],
+            self._noise,
         )
 
     def _number(self, what: str) -> int:
@@ -216,16 +218,26 @@ class _Canvas:
 
     def _label_peaks(self) -> None:
         """What of the background stands out like a point: its box, unless something is there."""
-        filtered = cv2.GaussianBlur(self._counts, (0, 0), self._draw.sensor.sigma_px * 1.1)
-        filtered -= cv2.blur(self._counts, (9, 9))
-        sigmas = filtered / (0.5 * self._noise)  # of the filter's noise, roughly
-        peak = (sigmas >= cv2.dilate(sigmas, np.ones((9, 9)))) & (sigmas > CLUTTER_SIGMAS)
-        rows, columns = np.nonzero(peak)
-        strongest = np.argsort(-sigmas[rows, columns])[:MAX_PEAKS]
-        for x, y in zip(columns[strongest].tolist(), rows[strongest].tolist(), strict=True):
+        peaks = point_like(self._counts, self._noise, self._draw.sensor.sigma_px, CLUTTER_SIGMAS)
+        for x, y in peaks[:MAX_PEAKS].tolist():
             if all(max(abs(x - u), abs(y - v)) > 10 for u, v in self._taken):
                 self._taken.append((x, y))
                 self._keep([x - MARGIN_PX, y - MARGIN_PX, x + MARGIN_PX, y + MARGIN_PX], CLUTTER)
+
+
+def point_like(
+    counts: Image, noise: float, sigma_px: float, sigmas: float
+) -> NDArray[np.int64]:
+    """Local maxima (N, 2) x, y of a matched filter that exceed so many sigmas, strongest first.
+
+    noise: of a pixel, counts.
+    """
+    filtered = cv2.GaussianBlur(counts, (0, 0), 1.1 * sigma_px) - cv2.blur(counts, (9, 9))
+    above = filtered / (0.5 * noise)  # of the filter's noise, roughly
+    peak = (above >= cv2.dilate(above, np.ones((9, 9)))) & (above > sigmas)
+    rows, columns = np.nonzero(peak)
+    order = np.argsort(-above[rows, columns], kind="stable")
+    return np.stack([columns, rows], axis=1)[order]
 
 
 def _add(counts: Image, window: Image, corner: NDArray[np.int64]) -> None:
