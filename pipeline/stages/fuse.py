@@ -5,15 +5,16 @@ target and the box's middle, by the sum of their covariances. A box is as uncert
 this detector's boxes are, and uniform over what is left of it without its margin round a target;
 a group without targets counts as uniform over its own box.
 
-The group's log-odds of existence L, P = 1 − P(no target), and the box's:
+The group's log-odds of existence L, of P = 1 − P(no target), and the box's:
 
     L' = L + L_box − L_prior                     with a box
     L' = L + log(P(no box | target)/P(no box | clutter))     without one
 
 L_box is calibrated log-odds given the score, and holds the prior of the boxes it was calibrated on;
-the group has its own prior in L, so that of the boxes is taken off, once. Each target keeps its
-probability given that its group exists: p' = p · P'/P. A box of a class that is no point source
-never raises L.
+the group has its own prior in L, so that of the boxes is taken off, once. L is at most that of
+`surest`: the imaging model knows noise and other targets, but no clutter, and is all too sure of
+that. Each target keeps its probability given that its group exists: p' = p · P'/P. A box of a class
+that is no point source never raises L.
 
 What unmixing alone saw stays, UNCONFIRMED; what the detector alone saw is published as a group
 without targets, DETECTOR_ONLY; where it says that a group is no point source, CONFLICT. Where it said
@@ -43,12 +44,14 @@ class Fuse(Stage[Seen, TargetReport]):
     """Puts existence, labels and boxes of both together, group by group."""
 
     class Config(Settings):
-        """gate: share of true pairs within it. min_p: of a point source only the detector saw.
+        """gate: share of true pairs within it. surest: existence unmixing is believed, at most.
 
-        min_score: of any other object only it saw; those of the classes in `ignore` are left out.
+        min_p: of a point source only the detector saw. min_score: of any other object only it saw;
+        those of the classes in `ignore` are left out.
         """
 
         gate: float = Field(0.999, gt=0.0, lt=1.0)
+        surest: float = Field(0.9, gt=0.5, lt=1.0)
         min_p: float = Field(0.5, ge=0.0, le=1.0)
         min_score: float = Field(0.5, ge=0.0, le=1.0)
         ignore: tuple[str, ...] = ("clutter",)
@@ -59,7 +62,8 @@ class Fuse(Stage[Seen, TargetReport]):
         if isinstance(objects, Dropped):
             return replace(report, fusion=_nothing_said(len(report.bbox_px), objects.reason))
         box_N = associated(report, objects, -2.0 * math.log1p(-self._config.gate))
-        fused = _with_boxes(_reweighed(report, objects, box_N), objects, box_N)
+        weighed = _reweighed(report, objects, box_N, self._config.surest)
+        fused = _with_boxes(weighed, objects, box_N)
         return _with_unseen(fused, objects, self._alone(objects, box_N))
 
     def _alone(self, objects: Objects, box_N: Rows) -> Rows:
@@ -129,10 +133,12 @@ def fused_odds(own: Vector, box: Vector, prior: float) -> Vector:
     return own + box - prior
 
 
-def _reweighed(report: TargetReport, objects: Objects, box_N: Rows) -> TargetReport:
+def _reweighed(
+    report: TargetReport, objects: Objects, box_N: Rows, surest: float
+) -> TargetReport:
     """Existence and flags by what the boxes say."""
     exists = 1.0 - report.count_posterior[:, 0]
-    own = logit(np.clip(exists, NEVER, 1.0 - NEVER))
+    own = logit(np.clip(exists, NEVER, surest))
     found = box_N != NO_BOX
     odds = own + objects.missed_odds
     odds[found] = fused_odds(own[found], objects.odds[box_N[found]], objects.prior_odds)
