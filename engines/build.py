@@ -48,8 +48,8 @@ class Parity(_Facts):
     reference: str = Field(description="e.g. torch 2.13.0 f32")
     patches: int = Field(ge=1)
     error: float = Field(ge=0.0, description="rms of the difference over rms of the map")
-    cso_map: float = Field(ge=0.0, le=1.0)
-    reference_cso_map: float = Field(ge=0.0, le=1.0)
+    cso_map: float | None = Field(None, ge=0.0, le=1.0, description="None: it does not unmix")
+    reference_cso_map: float | None = Field(None, ge=0.0, le=1.0)
 
 
 class Latency(_Facts):

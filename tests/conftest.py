@@ -1,5 +1,6 @@
 """Shared pieces of the tests: small recordings, and a way to run the commands as a user does."""
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,9 @@ import pytest
 
 from pipeline.formats.recording import RecordingWriter
 from pipeline.physics.scene import Scene, SceneSettings
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background of a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 BIN = Path(sys.executable).parent
 Command = Callable[..., subprocess.CompletedProcess[str]]

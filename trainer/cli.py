@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from engines.build import Precision, Target
 from pipeline.command import run_app
 from trainer import clutter_commands
 from trainer.errors import TrainerError
@@ -297,6 +298,43 @@ def export(
         f"wrote {out / manifest.name}.onnx, .json and .pt: {manifest.parameters} parameters, "
         f"at most {difference:.1e} from torch"
     )
+
+
+@app.command("compile")
+def compile_engine(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="With its manifest beside.")],
+    target: Annotated[Target, typer.Option(help="What is to run it.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write to; without, the model's own.")
+    ] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Without, the fastest that is good enough.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of the CPU; without, what is fastest.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, max=4096, help="Patches to tune it for.")] = 16,
+    max_batch: Annotated[int, typer.Option(min=1, max=4096, help="Patches at a time.")] = 64,
+    optimisation_level: Annotated[
+        int, typer.Option(min=0, max=5, help="Of TensorRT's builder.")
+    ] = 3,
+) -> None:
+    """Build an engine for a target: NAME.TARGET.json and its model file.
+
+    It is compared with torch in f32 on held-out patches first, maps and CSO-mAP, and not written
+    if it is worse than allowed.
+    """
+    _need_torch()
+    from trainer.compile import Wish, compile_model
+    from trainer.compile_report import print_candidates
+
+    wish = Wish(target, precision, threads, min(batch, max_batch), max_batch, optimisation_level)
+    console = Console(stderr=True)
+    chosen, candidates = compile_model(
+        model, wish, out or model.parent, lambda line: console.print(line, highlight=False)
+    )
+    print_candidates(candidates, chosen, Console())
+    print(f"wrote {(out or model.parent) / chosen.name}.json and its model")
 
 
 def _need_torch() -> None:

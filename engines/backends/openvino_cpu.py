@@ -17,6 +17,7 @@ from openvino import opset13
 
 from engines.base import IN_FLIGHT, Engine, Kind, Maps, Options, Patches
 from engines.build import Build
+from engines.cache import cache_folder
 from engines.errors import EngineError
 from engines.manifest import EngineManifest
 
@@ -79,6 +80,8 @@ def _properties(build: Build | None, options: Options) -> dict[str, Any]:
     }
     if threads is not None:
         properties["INFERENCE_NUM_THREADS"] = threads
+    if (folder := cache_folder("openvino")) is not None:
+        properties["CACHE_DIR"] = str(folder)
     return properties
 
 
