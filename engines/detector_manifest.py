@@ -93,7 +93,9 @@ class DetectorManifest(EngineManifest):
         self, label_K: NDArray[np.int32], score_K: NDArray[np.float64]
     ) -> NDArray[np.float64]:
         """Log-odds (K,) that boxes of these classes and scores hold a point source."""
-        table = np.array([self.calibration.get(label, self._believed(label)) for label in self.classes])
+        table = np.array(
+            [self.calibration.get(label, self._believed(label)) for label in self.classes]
+        )
         score = np.clip(score_K, 1.0 - MAX_SCORE, MAX_SCORE)
         a, b = table[label_K].T if len(label_K) else (0.0, 0.0)
         odds: NDArray[np.float64] = a * np.log(score / (1.0 - score)) + b

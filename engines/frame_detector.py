@@ -94,9 +94,8 @@ def suppressed(detections: Detections, manifest: DetectorManifest) -> Detections
         return detections
     box = detections.box_px.copy()
     box[:, 2:] -= box[:, :2]
-    kept = cv2.dnn.NMSBoxes(
-        box, detections.score.astype(np.float32), manifest.min_score, manifest.overlap
-    )
+    scores = detections.score.tolist()
+    kept = cv2.dnn.NMSBoxes(box.tolist(), scores, manifest.min_score, manifest.overlap)
     return detections.take(np.asarray(kept, np.int64))
 
 
@@ -133,12 +132,14 @@ def _starts(length: int, tile: int) -> list[int]:
     if length <= tile:
         return [0]
     number = -(-(length - TILE_OVERLAP_PX) // max(tile - TILE_OVERLAP_PX, 1))
-    return np.linspace(0, length - tile, number).round().astype(int).tolist()
+    return [round(start) for start in np.linspace(0, length - tile, number).tolist()]
 
 
 def _padded(image_HW: Image, left: int, top: int, manifest: DetectorManifest) -> Image:
     """An input (C, H, W) with the image in it."""
-    input_CHW = np.full(manifest.patch_shape, 0.0 if manifest.stretch == "noise" else GREY, np.float32)
+    input_CHW = np.full(
+        manifest.patch_shape, 0.0 if manifest.stretch == "noise" else GREY, np.float32
+    )
     height, width = image_HW.shape
     input_CHW[:, top : top + height, left : left + width] = image_HW
     return input_CHW

@@ -29,12 +29,12 @@ def stretched(frame_HW: NDArray[Any], stretch: Stretch, full_scale: int) -> Imag
             middle = np.median(image_HW[finite]) if finite.any() else 0.0
             image_HW = np.where(finite, image_HW, np.float32(middle))
     if stretch == "full_scale":
-        return image_HW / np.float32(full_scale)
+        return np.asarray(image_HW / np.float32(full_scale), np.float32)
     step = max(1, math.isqrt(image_HW.size // SAMPLES))
     sample = image_HW[::step, ::step]
     if stretch == "percentile":
         low, high = np.percentile(sample, [1.0, 99.9])
-        return np.clip((image_HW - low) / max(high - low, 1.0), 0.0, 1.0).astype(np.float32)
+        return np.asarray(np.clip((image_HW - low) / max(high - low, 1.0), 0.0, 1.0), np.float32)
     difference = np.abs(image_HW[::step, 1::step] - image_HW[::step, :-1:step])
     sigma = max(1.4826 / math.sqrt(2.0) * float(np.median(difference)), ROUNDING)
     result: Image = np.arcsinh((image_HW - np.median(sample)) / np.float32(sigma))

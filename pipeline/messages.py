@@ -478,6 +478,10 @@ def _group_boxes(fusion: Fusion) -> dict[str, Any]:
     has = ~np.isnan(fusion.p_box)
     return {
         "label": list(fusion.label),
-        "box": [box if there else [] for box, there in zip(fusion.box_px.tolist(), has, strict=True)],
-        "p_box": [p if there else None for p, there in zip(fusion.p_box.tolist(), has, strict=True)],
+        "box": [
+            box if there else [] for box, there in zip(fusion.box_px.tolist(), has, strict=True)
+        ],
+        "p_box": [
+            p if there else None for p, there in zip(fusion.p_box.tolist(), has, strict=True)
+        ],
     }

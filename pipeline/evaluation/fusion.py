@@ -58,7 +58,8 @@ def compare(config: PipelineConfig, sources: Sequence[Source]) -> Compared:
     """Run all frames through the flow as configured, and without its fusion."""
     if config.beside is None:
         raise PipelineError("evaluate-fusion: the configuration fuses nothing; see docs/fusion.md")
-    frame, hit, before, after, true = [], [], [], [], []
+    frame, hit, before, after = [], [], [], []
+    true: list[int] = []
     unfused = 0
     for source in sources:
         if source.truth is None:
@@ -100,7 +101,7 @@ def figures(compared: Compared, least: float, rng: np.random.Generator) -> dict[
     rows = []
     for share in SHARES:
         pd = share * compared.pd(compared.before, least, even)
-        row = {
+        row: dict[str, Any] = {
             "pd": pd,
             "without": compared.false_alarms(compared.before, pd, even),
             "fused": compared.false_alarms(compared.after, pd, even),

@@ -31,7 +31,9 @@ def evaluate_fusion(
         source = {"kind": "zarr_recording", "path": str(path)}
         settings = load_config(config, source=source)
         sources.append(open_source(settings))
-    found = figures(compare(settings, sources), Report.Config().min_p_exist, np.random.default_rng(1))
+    found = figures(
+        compare(settings, sources), Report.Config().min_p_exist, np.random.default_rng(1)
+    )
     print(f"{found['frames']} frames, {found['targets']} targets; false alarms a frame:")
     for row in found["at_equal_pd"]:
         low, high = row["ratio_95"]

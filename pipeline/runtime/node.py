@@ -176,16 +176,12 @@ def _run_worker(task: NodeTask, flow: Flow, socket: NodeSocket) -> None:
         if isinstance(message, Dropped) or message.info.seq != word.seq:
             socket.send(Word("malformed", word.seq, text="not the frame it is said to be"))
             continue
-        trace = Trace(
-            trace.t_ingest_ns, trace.stage_ns | {task.hop: time.monotonic_ns() - sent_ns}
-        )
+        trace = Trace(trace.t_ingest_ns, trace.stage_ns | {task.hop: time.monotonic_ns() - sent_ns})
         said = beside[1] if beside is not None and beside[0] == word.seq else None
         _send(socket, *flow.process(message, trace, said))
 
 
-def _run_front(
-    task: NodeTask, first: Flow, flow: Flow, socket: NodeSocket, wake: int
-) -> None:
+def _run_front(task: NodeTask, first: Flow, flow: Flow, socket: NodeSocket, wake: int) -> None:
     live = task.mode == "live"
     node, settings = task.node, task.config.supervisor
     source = open_source(task.config)

@@ -9,8 +9,8 @@ those it may run on, None = all. `refine` goes after `unmix` in the unmix node
 (configs/refine.yaml); `fuse` has its place before `report` in the back node. A stage runs where a
 configuration names it. What a node takes and gives follows from its stages: `flow_types`.
 
-The last row, `yolo`, stands beside the flow: if it is given stages (`recognise`, configs/fusion.yaml)
-it gets every frame while the others work on it, and what it answers in time joins the flow at the
+The last row, `yolo`, stands beside the flow: given stages (`recognise`, see configs/fusion.yaml) it
+gets every frame while the others work on it, and what it answers in time joins the flow at the
 stage that takes it, `fuse`. What it sheds or loses is only its answer, not the frame.
 """
 

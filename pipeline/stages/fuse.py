@@ -1,8 +1,8 @@
 """Targets and the boxes of a detector beside the flow → targets that know of both.
 
-A box goes with a group if one of its targets lies within the gate: the Mahalanobis distance between
-target and the box's middle, by the sum of their covariances. A box is as uncertain as the middles of
-this detector's boxes are, and uniform over what is left of it without its margin round a target;
+A box goes with a group if one of its targets lies within the gate: the Mahalanobis distance of
+target and middle of the box, by the sum of their covariances. A box is as uncertain as the middles
+of this detector's boxes are, and uniform over what is left of it without its margin round a target;
 a group without targets counts as uniform over its own box.
 
 The group's log-odds of existence L, of P = 1 − P(no target), and the box's:
@@ -17,8 +17,8 @@ that. Each target keeps its probability given that its group exists: p' = p · P
 that is no point source never raises L.
 
 What unmixing alone saw stays, UNCONFIRMED; what the detector alone saw is published as a group
-without targets, DETECTOR_ONLY; where it says that a group is no point source, CONFLICT. Where it said
-nothing in time the targets are as they were, and the message says why.
+without targets, DETECTOR_ONLY; a group of which it says that it is no point source is a CONFLICT.
+Where it said nothing in time the targets are as they were, and the message says why.
 """
 
 import math
@@ -68,11 +68,13 @@ class Fuse(Stage[Seen, TargetReport]):
 
     def _alone(self, objects: Objects, box_N: Rows) -> Rows:
         """Boxes of no group that are worth telling of."""
-        alone = np.setdiff1d(np.arange(len(objects.label)), box_N)
+        alone: Rows = np.setdiff1d(np.arange(len(objects.label)), box_N)
         ignored = [label in self._config.ignore for label in objects.labels]
         likely = expit(objects.odds) >= self._config.min_p
         clear = (objects.score >= self._config.min_score) & ~np.array(ignored)[objects.label]
-        return alone[np.where(objects.point_source, likely, clear)[alone]]
+        telling = np.where(objects.point_source, likely, clear)
+        kept: Rows = alone[telling[alone]]
+        return kept
 
 
 class _Places(NamedTuple):
@@ -133,9 +135,7 @@ def fused_odds(own: Vector, box: Vector, prior: float) -> Vector:
     return own + box - prior
 
 
-def _reweighed(
-    report: TargetReport, objects: Objects, box_N: Rows, surest: float
-) -> TargetReport:
+def _reweighed(report: TargetReport, objects: Objects, box_N: Rows, surest: float) -> TargetReport:
     """Existence and flags by what the boxes say."""
     exists = 1.0 - report.count_posterior[:, 0]
     own = logit(np.clip(exists, NEVER, surest))
@@ -195,9 +195,7 @@ def _with_unseen(report: TargetReport, objects: Objects, alone: Rows) -> TargetR
         bbox_px=np.concatenate([report.bbox_px, bbox_px.astype(np.int32)]),
         count_posterior=np.concatenate([report.count_posterior, posterior]),
         joint_px2=np.concatenate([report.joint_px2, joint]),
-        group_flags=np.append(
-            report.group_flags, np.full(number, Flag.DETECTOR_ONLY, np.uint16)
-        ),
+        group_flags=np.append(report.group_flags, np.full(number, Flag.DETECTOR_ONLY, np.uint16)),
         fusion=Fusion(
             fusion.engine,
             "",

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from engines.base import Options
-from engines.frame_detector import FrameDetector
 from engines.detectors import load_detector
+from engines.frame_detector import FrameDetector
 from pipeline.component import Context, Settings, Stage
 from pipeline.imaging.bad_pixels import Repair
 from pipeline.messages import Frame, Objects
@@ -49,7 +49,9 @@ class Recognise(Stage[Frame, Objects]):
     def process(self, message: Frame) -> Objects:
         """The objects of the frame, the best score first; none is a valid answer."""
         pixels_HW = message.pixels_HW
-        found = self._detector.detect(pixels_HW if self._repair is None else self._repair(pixels_HW))
+        found = self._detector.detect(
+            pixels_HW if self._repair is None else self._repair(pixels_HW)
+        )
         manifest = self._detector.manifest
         return Objects(
             info=message.info,

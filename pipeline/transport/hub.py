@@ -3,8 +3,9 @@
 Every message is a word, a small MessagePack list, and the parts of a pipeline message if one goes
 with it. A node says only what it is asked for: the front sends as many frames as it was granted,
 a worker answers what it was given. So no queue is hidden in a socket, where a death would lose it.
-Where a node stands beside the flow, the front also sends each `frame` itself, ahead of what it makes
-of it; the answer goes ahead of the work it belongs to, as `beside`, or as the text why there is none.
+Where a node stands beside the flow, the front also sends each `frame` itself, ahead of what it
+makes of it; the answer goes ahead of the work it belongs to, as `beside`, or the text says why
+there is none.
 """
 
 from dataclasses import dataclass, fields

@@ -1,1 +1,1 @@
-"""A detector of whole frames in the layout of YOLO: drawn scenes, network, training, calibration."""
+"""A detector of frames in the layout of YOLO: drawn scenes, network, training, calibration."""

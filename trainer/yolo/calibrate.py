@@ -46,17 +46,18 @@ def count_boxes(detector: FrameDetector, frames: Iterable[LabelledFrame]) -> Cou
     for frame in frames:
         found = detector.detect(frame.pixels_HW)
         middle = (found.box_px[:, :2] + found.box_px[:, 2:]) / 2.0
-        true = (frame.box_px[:, :2] + frame.box_px[:, 2:]) / 2.0
-        wanted = np.isin(frame.label, (POINT, GROUP))
-        right, offset = _matched(middle, true[wanted])
+        targets = frame.box_px[np.isin(frame.label, (POINT, GROUP))].astype(np.float64)
+        true = (targets[:, :2] + targets[:, 2:]) / 2.0
+        right, offset = _matched(middle, true)
         label.append(found.label)
         score.append(found.score)
         is_target.append(right)
         offsets.append(offset)
         xy = point_like(frame.pixels_HW.astype(np.float64), frame.noise, SIGMA_PX, SIGMAS)
         xy = xy[:, None]  # (P, 1, 2)
-        boxed = ((xy >= found.box_px[:, :2]) & (xy <= found.box_px[:, 2:])).all(axis=2).any(axis=1)
-        real = (np.hypot(*np.moveaxis(xy - true[wanted], -1, 0)) <= NEAR_PX).any(axis=1)
+        inside = np.all((xy >= found.box_px[:, :2]) & (xy <= found.box_px[:, 2:]), axis=2)
+        boxed = np.any(inside, axis=1)
+        real = np.any(np.sum((xy - true) ** 2, axis=2) <= NEAR_PX**2, axis=1)
         for row, mine in enumerate((real, ~real)):
             boxless[row] += (mine & ~boxed).sum()
             places[row] += mine.sum()

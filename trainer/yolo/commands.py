@@ -1,11 +1,16 @@
 """The commands about detectors of frames."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from trainer.errors import TrainerError
+
+NAME = "yolo"
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -52,13 +57,14 @@ def import_detector(
     print(f"wrote {out / model.with_suffix('.json').name}: {manifest.output}, scores {worth}")
 
 
-def fit(config: Path | None, folder: Path, samples: int | None, seed: int | None) -> None:
+def fit(
+    config: Path | None, folder: Path, samples: int | None, seed: int | None, progress: Progress
+) -> None:
     """`trainer fit yolo`."""
-    from trainer.progress import bar
     from trainer.yolo.fit import fit_yolo, read_yolo_fit
 
     run = read_yolo_fit(config, samples=samples, seed=seed)
-    with bar("yolo", run.steps) as show:
+    with progress("yolo", run.steps) as show:
         record = fit_yolo(run, folder, show)
     print(
         f"{folder}: {record['samples']} frames, loss {record['loss']:.3f}; "

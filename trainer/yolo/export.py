@@ -16,7 +16,6 @@ from engines.detector_manifest import DetectorManifest
 from engines.detectors import load_detector
 from engines.frame_detector import FrameDetector
 from engines.manifest import sha256_of
-from pipeline.physics.groups import PROFILES
 from trainer.clutter import KINDS
 from trainer.errors import TrainerError, TrainingFailed
 from trainer.export import LIBRARIES, write_graph
@@ -27,6 +26,7 @@ from trainer.yolo.network import YoloNetwork
 from trainer.yolo.scenes import CLASSES, MARGIN_PX, SceneDraw, draw_frames
 
 HEIGHT, WIDTH = 512, 640
+CALIBRATION_FRAMES = 300
 CALIBRATION_SEED, HELD_OUT_SEED = 800_001, 800_002
 """Of frames; runs are trained with seeds below."""
 CALIBRATION_DRAW = SceneDraw(height=256, width=320)
@@ -128,7 +128,7 @@ def import_detector(
     """
     try:
         graph = onnx.load(str(model), load_external_data=False).graph
-    except Exception as error:  # noqa: BLE001, protobuf raises its own
+    except Exception as error:
         raise TrainerError(f"{model}: not a readable ONNX model ({error})") from error
     taken, given = _shape(graph.input[0]), _shape(graph.output[0])
     if len(graph.input) != 1 or len(taken) != 4 or None in taken[1:]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from engines.errors import first_fault
-from engines.frame_input import stretched
+from engines.frame_input import Stretch, stretched
 from pipeline.errors import PipelineError
 from pipeline.formats.yaml_map import read_yaml_map
 from trainer.clutter import KINDS
@@ -23,7 +23,7 @@ from trainer.tensors import read_tensors
 from trainer.yolo.network import YoloNetwork
 from trainer.yolo.scenes import LabelledFrame, SceneDraw, draw_frame
 
-STRETCH = "noise"
+STRETCH: Stretch = "noise"
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
 MAX_OBJECTS = 40

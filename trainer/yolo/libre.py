@@ -30,7 +30,10 @@ class _StandIn(ModuleType):
 
 class _Finder(MetaPathFinder, Loader):
     def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self,
+        name: str,
+        path: Sequence[str] | None,  # noqa: ARG002, the interface
+        target: ModuleType | None = None,  # noqa: ARG002
     ) -> ModuleSpec | None:
         return ModuleSpec(name, self, is_package=True) if name.split(".")[0] == ABSENT else None
 
@@ -58,7 +61,15 @@ def _without_torchvision() -> Iterator[None]:
 
 try:
     with _without_torchvision():
-        from libreyolo.models.yolo9.nn import ELAN, SPPELAN, AConv, Conv, DDetect, RepConvN, RepNCSPELAN
+        from libreyolo.models.yolo9.nn import (
+            ELAN,
+            SPPELAN,
+            AConv,
+            Conv,
+            DDetect,
+            RepConvN,
+            RepNCSPELAN,
+        )
 except ImportError as error:
     raise TrainerError(
         f"yolo: needs libreyolo ({error}): pip install --no-deps libreyolo==1.6.0 requests "

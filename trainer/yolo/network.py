@@ -37,7 +37,9 @@ class YoloNetwork(nn.Module):
         super().__init__()
         w, n = config.width, config.repeat
         self.config = config
-        self.stem = nn.Sequential(Conv(1, w, 3, 2), Conv(w, 2 * w, 3, 2), ELAN(2 * w, 2 * w, w, 2 * w))
+        self.stem = nn.Sequential(
+            Conv(1, w, 3, 2), Conv(w, 2 * w, 3, 2), ELAN(2 * w, 2 * w, w, 2 * w)
+        )
         self.down8 = nn.Sequential(AConv(2 * w, 4 * w), RepNCSPELAN(4 * w, 4 * w, 2 * w, 4 * w, n))
         self.down16 = nn.Sequential(
             AConv(4 * w, 6 * w),

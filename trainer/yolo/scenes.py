@@ -1,6 +1,6 @@
 """Frames of point targets over clutter, every object in them with its box and its class.
 
-counts = measure(background + extended objects + structured clutter + Σ targets). The backgrounds are
+counts = measure(background + extended objects + structured clutter + Σ targets). Backgrounds are
 those of `trainer.clutter`, in counts of the `field` sensor: one grey level is 0.5…12 counts. What a
 detector of points may take for one is in them and has its box: bars, corners, specks, hot pixels,
 and those peaks of the background itself that a matched filter shows above CLUTTER_SIGMAS.
@@ -17,8 +17,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.physics.groups import MAX_TARGETS, PROFILES, draw_arrangements
 from pipeline.physics.arrays import NumpyRandom
+from pipeline.physics.groups import MAX_TARGETS, PROFILES, draw_arrangements
 from pipeline.physics.measurement import measure
 from pipeline.physics.noise import variance
 from pipeline.physics.psf import render
@@ -41,7 +41,7 @@ Image = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class SceneDraw:
-    """What scenes are drawn: of which backgrounds, for which sensor. snr: of the dimmest, brightest."""
+    """Of what frames are drawn, for which sensor. snr: of the dimmest and brightest target."""
 
     height: int = 128
     width: int = 160
@@ -128,7 +128,7 @@ class _Canvas:
         """Deviation of the counts round a place from their local mean, noise included."""
         row, column = round(y), round(x)
         near = self._counts[max(0, row - 10) : row + 11, max(0, column - 10) : column + 11]
-        return max(float((near - cv2.GaussianBlur(near, (0, 0), 2.0)).std()), self._noise)
+        return max(float((near - _blurred(near, 2.0)).std()), self._noise)
 
     def _keep(self, box: Sequence[float], label: int) -> None:
         high = (self._draw.width - 0.5, self._draw.height - 0.5) * 2
@@ -175,7 +175,7 @@ class _Canvas:
         if rng.random() < 0.5:
             wing = (middle, (2.0 * long * rng.uniform(0.6, 1.0), 2.0), angle + rng.uniform(60, 120))
             cv2.ellipse(shape, wing, 1.0, -1)
-        shape = cv2.GaussianBlur(shape, (0, 0), rng.uniform(0.6, 0.25 * long + 0.7))
+        shape = _blurred(shape, rng.uniform(0.6, 0.25 * long + 0.7))
         amplitude = self._amplitude(place, 4.0, 25.0)
         self._put(shape, place, amplitude, EXTENDED)
 
@@ -198,20 +198,19 @@ class _Canvas:
                 end = (round(float(tip[0])), round(float(tip[1])))
                 cv2.line(shape, (10, 10), end, 1.0, int(rng.integers(1, 3)))
         if kind != 3:
-            shape = cv2.GaussianBlur(shape, (0, 0), self._sigma_px)
+            shape = _blurred(shape, self._sigma_px)
         self._put(shape, place, self._amplitude(place, 6.0, 30.0), CLUTTER)
 
     def _amplitude(self, place: tuple[float, float], low: float, high: float) -> float:
         share = float(np.exp(self._rng.uniform(np.log(low), np.log(high))))
         return max(share * self._noise, self._rng.uniform(2.5, 6.0) * self._restless(*place))
 
-    def _put(
-        self, shape: Image, place: tuple[float, float], amplitude: float, label: int
-    ) -> None:
+    def _put(self, shape: Image, place: tuple[float, float], amplitude: float, label: int) -> None:
         corner = np.rint(place).astype(int) - shape.shape[0] // 2
         _add(self._counts, amplitude * shape / shape.max(), corner)
         y, x = np.nonzero(shape > 0.2 * shape.max())
-        low, high = corner + (x.min(), y.min()), corner + (x.max(), y.max())
+        low = corner + np.array([x.min(), y.min()])
+        high = corner + np.array([x.max(), y.max()])
         half = np.maximum((high - low) / 2.0 + 1.5, MARGIN_PX)
         middle = (low + high) / 2.0
         self._keep([*(middle - half), *(middle + half)], label)
@@ -225,14 +224,16 @@ class _Canvas:
                 self._keep([x - MARGIN_PX, y - MARGIN_PX, x + MARGIN_PX, y + MARGIN_PX], CLUTTER)
 
 
-def point_like(
-    counts: Image, noise: float, sigma_px: float, sigmas: float
-) -> NDArray[np.int64]:
+def _blurred(image: Image, sigma_px: float) -> Image:
+    return np.asarray(cv2.GaussianBlur(image, (0, 0), sigma_px), np.float64)
+
+
+def point_like(counts: Image, noise: float, sigma_px: float, sigmas: float) -> NDArray[np.int64]:
     """Local maxima (N, 2) x, y of a matched filter that exceed so many sigmas, strongest first.
 
     noise: of a pixel, counts.
     """
-    filtered = cv2.GaussianBlur(counts, (0, 0), 1.1 * sigma_px) - cv2.blur(counts, (9, 9))
+    filtered = _blurred(counts, 1.1 * sigma_px) - cv2.blur(counts, (9, 9))
     above = filtered / (0.5 * noise)  # of the filter's noise, roughly
     peak = (above >= cv2.dilate(above, np.ones((9, 9)))) & (above > sigmas)
     rows, columns = np.nonzero(peak)
