@@ -67,8 +67,14 @@ class EngineManifest(BaseModel):
 
     @property
     def engine_id(self) -> str:
-        """12 hexadecimal digits of the model's hash: which engine a message came from."""
-        return (self.build.model_sha256 if self.build else self.onnx_sha256)[:12]
+        """12 hexadecimal digits that tell which engine a message came from.
+
+        Of the portable model's hash, or of the built model's with its target and precision.
+        """
+        if self.build is None:
+            return self.onnx_sha256[:12]
+        built = f"{self.build.model_sha256} {self.build.target} {self.build.precision}"
+        return hashlib.sha256(built.encode()).hexdigest()[:12]
 
     def write(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""

@@ -7,6 +7,7 @@ Axes: H, W pixels; N groups (one a blob); B patches; M targets. x is the column,
 
 from dataclasses import dataclass
 from enum import IntFlag
+from functools import cache
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -406,8 +407,15 @@ def check_wire(message: Any) -> Wire:
     return WIRE_MODELS[schema].model_validate(message)
 
 
+@cache
+def _flag_names(flags: int) -> tuple[str, ...]:
+    return tuple(Flag(flags).names)
+
+
 def _upper_triangle(joint_px2: NDArray[np.float64]) -> list[float]:
     """Row by row, what is known of a covariance padded with NaN."""
+    if not joint_px2.size:
+        return []
     number = int(np.sum(~np.isnan(np.diagonal(joint_px2))))
     values: list[float] = joint_px2[np.triu_indices(number)].tolist()
     return values
@@ -449,7 +457,7 @@ def targets_message(
             "snr": report.snr.tolist(),
             "source": [report.source + "+refine" * fitted for fitted in report.refined.tolist()],
             "label": [label[group] for group in report.group.tolist()],
-            "flags": [Flag(flags).names for flags in report.flags.tolist()],
+            "flags": [list(_flag_names(flags)) for flags in report.flags.tolist()],
             **seen,
         },
         "groups": {
@@ -457,7 +465,7 @@ def targets_message(
             "bbox": report.bbox_px.tolist(),
             "count_posterior": report.count_posterior.tolist(),
             "joint_cov_px2": [_upper_triangle(joint) for joint in report.joint_px2],
-            "flags": [Flag(flags).names for flags in report.group_flags.tolist()],
+            "flags": [list(_flag_names(flags)) for flags in report.group_flags.tolist()],
             **({} if fusion is None else _group_boxes(fusion)),
         },
         "stage_ns": stage_ns,

@@ -12,6 +12,7 @@ from scipy.stats import norm
 from pipeline.physics import noise
 from pipeline.physics.arrays import NumpyRandom
 from pipeline.physics.bounds import censored_information, cramer_rao, fisher_information, jacobian
+from pipeline.physics.group_bounds import group_bounds
 from pipeline.physics.measurement import log_likelihood, measure
 from pipeline.physics.psf import render
 from pipeline.physics.sensor import Sensor
@@ -201,3 +202,29 @@ def test_a_saturated_centre_loosens_the_bound():
     ]
     assert (np.diag(bounds[1]) > np.diag(bounds[0])).all()
     assert bounds[1][2, 2] > 1.5 * bounds[0][2, 2]
+
+
+@pytest.mark.parametrize("sigma_error", [0.0, 0.1])
+def test_a_frame_of_groups_at_once_is_each_group_by_itself(rng, sigma_error):
+    sensor = Sensor(full_scale=16383, read_noise=6.0, gain=8.0, sigma_error=sigma_error)
+    sizes = np.array([1, 3, 2, 5, 1, 2])  # patch 3 has none
+    patch = np.repeat([0, 1, 2, 4, 5, 6], sizes).astype(np.int32)
+    xy_px = 5.0 + rng.uniform(-1.6, 1.6, (len(patch), 2))
+    intensity = rng.uniform(800.0, 30_000.0, len(patch))  # some saturate
+    intensity[-1] = 0.0  # what says nothing of its own position gets a large bound, no NaN
+    level = rng.uniform(500.0, 1500.0, 7)
+    usable_BHW = rng.random((7, *SHAPE)) > 0.03
+    found = group_bounds(patch, xy_px, intensity, level, usable_BHW, sensor)
+    for row in np.unique(patch):
+        here = patch == row
+        information = fisher_information(
+            xy_px[here], intensity[here], level[row], SHAPE, sensor,
+            with_background=True, usable=usable_BHW[row],
+        )  # fmt: skip
+        bound, of = cramer_rao(information), 3 * np.arange(here.sum())
+        snr = intensity[here] * np.sqrt(information[of + 2, of + 2])
+        cov = np.stack([bound[of, of], bound[of, of + 1], bound[of + 1, of + 1]], axis=-1)
+        assert_allclose(found.snr[here], snr, rtol=1e-9)
+        error = np.abs(found.cov_px2[here] - cov)
+        assert (error <= 1e-9 * np.sqrt(cov[:, :1] * cov[:, 2:])).all()
+        assert_allclose(found.intensity_sigma[here], np.sqrt(bound[of + 2, of + 2]), rtol=1e-9)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.messages import Dropped, Frame, FrameInfo, Patches, Tiling, Trace, Unmixed
+from pipeline.messages import Blobs, Dropped, Frame, FrameInfo, Patches, Tiling, Trace, Unmixed
 from pipeline.transport.codec import (
     MAX_ARRAY_BYTES,
     TYPES,
@@ -123,10 +123,11 @@ def altered(**changes):
         ({"fields__info__tiling__size_px": 1.5}, "tiling.size_px"),
         ({"fields__counts_BHW": 3}, "counts_BHW"),
         ({"arrays__0__0": "object"}, "object"),
-        ({"arrays__0__0": "float64"}, "array 0"),
+        ({"arrays__0__0": "float64"}, "small arrays"),
         ({"arrays__0__0": ["float32"]}, "array 0"),
         ({"arrays__0__0": {"float32": 1}}, "array 0"),
-        ({"arrays__0__1": [3, 11, 12]}, "array 0"),
+        ({"arrays__0__1": [3, 11, 12]}, "small arrays"),
+        ({"arrays__0__1": [3, 11, 1200]}, "parts do not match"),
         ({"arrays__0__1": [-3, 11, 11]}, "shape"),
         ({"arrays__0__1": [1 << 24, 1 << 24, 1 << 24, 1 << 24]}, "array 0"),
         ({"arrays": []}, "arrays"),
@@ -209,8 +210,33 @@ def test_left_over_arrays_are_refused():
     parts = encode(patches(), TRACE, 0)
     header = msgpack.unpackb(parts[0])
     header["arrays"].append(["uint8", [1]])
+    aligned = parts[1] + bytes(-len(parts[1]) % 8)
     with pytest.raises(CodecError, match="more than Patches has"):
-        decode([msgpack.packb(header), *parts[1:], b"x"])
+        decode([msgpack.packb(header), aligned + b"x"])
+
+
+@given(st.lists(st.sampled_from([0, 1, 7, 8, 300, 600_000]), min_size=2, max_size=2))
+def test_large_arrays_travel_alone_and_small_ones_together(sizes):
+    counts, usable = (np.arange(size, dtype=np.uint16).reshape(1, -1) for size in sizes)
+    blobs = Blobs(
+        info=INFO,
+        pixels_HW=counts,
+        usable_HW=usable > 0,
+        xy_px=np.zeros((0, 2)),
+        bbox_px=np.zeros((0, 4), np.int32),
+        snr=np.ones(3, np.float32),
+        flags=np.ones(3, np.uint16),
+    )
+    parts = [bytes(part) for part in encode(blobs, TRACE, 0)]
+    assert len(parts) == 2 + sum(size == 600_000 for size in sizes)
+    decoded = decode(parts)[0]
+    assert same(decoded, blobs)
+    assert decoded.snr.flags.aligned and not decoded.snr.flags.writeable
+    with pytest.raises(CodecError, match="small arrays: need"):
+        decode([parts[0], parts[1] + b"x", *parts[2:]])
+    if len(parts) > 2:
+        with pytest.raises(CodecError, match=r"needs (6|12)00000 bytes"):
+            decode([*parts[:-1], parts[-1][:-1]])
 
 
 @pytest.mark.parametrize("part", [b"", b"\xc1", msgpack.packb([1]), msgpack.packb({1: 2})])

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from linear_engine import MAX_BATCH, patches, weights, write_engine, write_model
 
 from engines import loader
-from engines.base import Engine, Options
+from engines.base import Options
 from engines.errors import EngineError
 from engines.loader import load, open_engine, resolve
 from engines.manifest import Manifest, read_manifest, sha256_of
@@ -20,7 +20,6 @@ from engines.scaling import network_input, network_unit
 from engines.sensor_needs import SensorNeeds
 
 SHIPPED = sorted(loader.MODELS.glob("*.json"))
-SIZE, C, MAX_BATCH = 11, 3, 16
 
 
 @dataclass(frozen=True)
@@ -30,106 +29,10 @@ class FakeSensor:
     noiseless: bool = True
 
 
-def weights(c: int = C) -> np.ndarray:
-    rng = np.random.default_rng(7)
-    return rng.normal(size=(SIZE**2, (c * SIZE) ** 2)).astype(np.float32) / SIZE
-
-
-def write_model(path: Path, c: int = C) -> None:
-    """A linear network, map = reshape(flatten(patch) @ W): small enough to know its answer."""
-    nodes = [
-        helper.make_node("Reshape", ["patch", "flat"], ["row"]),
-        helper.make_node("MatMul", ["row", "w"], ["cells"]),
-        helper.make_node("Reshape", ["cells", "square"], ["map"]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "linear",
-        [helper.make_tensor_value_info("patch", TensorProto.FLOAT, ["batch", SIZE, SIZE])],
-        [helper.make_tensor_value_info("map", TensorProto.FLOAT, ["batch", c * SIZE, c * SIZE])],
-        [
-            numpy_helper.from_array(weights(c), "w"),
-            numpy_helper.from_array(np.array([-1, SIZE**2]), "flat"),
-            numpy_helper.from_array(np.array([-1, c * SIZE, c * SIZE]), "square"),
-        ],
-    )
-    opset = [helper.make_opsetid("", 20)]
-    path.write_bytes(
-        helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString()
-    )
-
-
-def write_engine(folder: Path, name: str = "linear", **fields: object) -> Path:
-    """A model and its manifest, with `fields` of the manifest changed; the manifest's path."""
-    model = folder / f"{name}.onnx"
-    if not model.exists():
-        write_model(model)
-    plain = {
-        "name": name,
-        "network": "linear",
-        "settings": {},
-        "size_px": SIZE,
-        "c": C,
-        "sigma_px": 0.5,
-        "scaling": "full_scale",
-        "sensor": {"sigma_px": 0.5},
-        "detection_threshold": 50 / 255,
-        "separate": 0.0,
-        "max_batch": MAX_BATCH,
-        "profile": "csist-100k",
-        "seed": 1,
-        "samples": 0,
-        "training_s": 0.0,
-        "loss": 0.0,
-        "cso_map": 0.4,
-        "parameters": 1,
-        "onnx_sha256": sha256_of(model),
-        "weights_sha256": "0" * 64,
-        "versions": {},
-        **fields,
-    }
-    path = model.with_suffix(".json")
-    path.write_text(json.dumps(plain))
-    return path
-
-
 @pytest.fixture
 def engine(tmp_path: Path):
     with open_engine(write_engine(tmp_path)) as opened:
         yield opened
-
-
-def patches(number: int) -> np.ndarray:
-    return np.random.default_rng(3).random((number, SIZE, SIZE), np.float32)
-
-
-# --- what every engine promises --------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number", [0, 1, MAX_BATCH, MAX_BATCH + 1, 3 * MAX_BATCH - 1])
-def test_maps_of_any_number_of_patches(engine: Engine, number: int) -> None:
-    patch = patches(number)
-    found = engine.infer(patch)
-    expected = (patch.reshape(-1, SIZE**2) @ weights()).reshape(-1, C * SIZE, C * SIZE)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-def test_maps_are_the_callers_own(engine: Engine) -> None:
-    patch = patches(2)
-    before = patch.copy()
-    first = engine.infer(patch)
-    kept = first.copy()
-    second = engine.infer(patch + 1.0)
-    np.testing.assert_array_equal(first, kept)  # a later call does not write into it
-    second[:] = 0.0  # and writing into one does not reach the engine
-    np.testing.assert_array_equal(engine.infer(patch), kept)
-    np.testing.assert_array_equal(patch, before)
-
-
-def test_patches_need_not_be_contiguous(engine: Engine) -> None:
-    patch = patches(4)
-    np.testing.assert_array_equal(engine.infer(patch[::-1])[::-1], engine.infer(patch))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -144,26 +47,6 @@ def test_a_patch_has_the_same_bits_in_any_batch(path: Path, threads: int) -> Non
         in_threes = np.concatenate([engine.infer(patch[i : i + 3]) for i in range(0, 18, 3)])
     np.testing.assert_array_equal(together, alone)
     np.testing.assert_array_equal(together[:18], in_threes)
-
-
-@pytest.mark.parametrize(
-    "patch",
-    [
-        np.zeros((2, SIZE, SIZE)),
-        np.zeros((2, SIZE + 2, SIZE), np.float32),
-        np.zeros((SIZE, SIZE), np.float32),
-    ],
-)
-def test_wrong_patches_are_refused(engine: Engine, patch: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"float32 \(B, 11, 11\)"):
-        engine.infer(patch)
-
-
-def test_closed_engine_does_not_infer(engine: Engine) -> None:
-    engine.close()
-    engine.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        engine.infer(patches(1))
 
 
 def test_bf16_is_an_option_and_not_the_default(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Any bytes at the doors: an answer or one named error; no crash, no hang, no growth.
 
-FUZZ_EXAMPLES=100000 pytest tests/test_fuzz.py --timeout 0    is the long run.
+FUZZ_EXAMPLES=100000 pytest tests/test_fuzz.py --timeout 0 -o faulthandler_timeout=0
+is the long run.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ from pathlib import Path
 import msgpack
 import pytest
 from conftest import write_scene
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from test_codec import SENT
 
@@ -33,12 +34,8 @@ from pipeline.transport.security import ClientKeys, make_keys
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
 GROWTH_BYTES = 100 << 20
-fuzzed = settings(
-    max_examples=EXAMPLES,
-    deadline=5000,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+ROUND = 5000
+"""Examples hypothesis makes in one go: it remembers each, a hundred thousand are 100 MB."""
 CHANGES = st.lists(
     st.tuples(
         st.sampled_from(["set", "insert", "delete", "cut", "double"]),
@@ -67,6 +64,18 @@ def changed(data: bytes, changes) -> bytes:
     return data
 
 
+def fuzz(test, *inputs):
+    """Run a test on EXAMPLES inputs, the same ones every time."""
+    for number, done in enumerate(range(0, EXAMPLES, ROUND)):
+        once = settings(
+            max_examples=min(ROUND, EXAMPLES - done),
+            deadline=5000,
+            database=None,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.nested_given],
+        )(given(*inputs)(test))
+        seed(number)(once)()
+
+
 @pytest.fixture(autouse=True)
 def no_growth():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -75,27 +84,31 @@ def no_growth():
     assert grown < GROWTH_BYTES
 
 
-@fuzzed
-@given(st.sampled_from(SENT), st.integers(0, 9), CHANGES)
-def test_messages_between_nodes(parts, which, changes):
-    parts = [bytes(part) for part in parts]
-    which %= len(parts)
-    parts[which] = changed(parts[which], changes)
-    try:
-        message, trace, sent_ns = decode(parts)
-    except CodecError:
-        return
-    assert isinstance(trace.t_ingest_ns, int) and isinstance(sent_ns, int)
-    assert type(message).__name__ in ("Patches", "Unmixed", "Dropped")
+def test_messages_between_nodes():
+    def decodes(sent, which, changes):
+        parts = [bytes(part) for part in sent]
+        which %= len(parts)
+        parts[which] = changed(parts[which], changes)
+        try:
+            message, trace, sent_ns = decode(parts)
+        except CodecError:
+            return
+        assert isinstance(trace.t_ingest_ns, int) and isinstance(sent_ns, int)
+        assert type(message).__name__ in ("Patches", "Unmixed", "Dropped")
+
+    fuzz(decodes, st.sampled_from(SENT), st.integers(0, 9), CHANGES)
 
 
-@fuzzed
-@given(st.sampled_from([Word("result", 7, t_ns=5), Word("lost", 1, 9, 0, "a", "b")]), CHANGES)
-def test_words_of_nodes(word, changes):
-    try:
-        assert read_word(changed(word.pack(), changes), FROM_NODE).kind in FROM_NODE
-    except CodecError:
-        return
+def test_words_of_nodes():
+    words = [Word("result", 7, t_ns=5).pack(), Word("lost", 1, 9, 0, "a", "b").pack()]
+
+    def reads(word, changes):
+        try:
+            assert read_word(changed(word, changes), FROM_NODE).kind in FROM_NODE
+        except CodecError:
+            return
+
+    fuzz(reads, st.sampled_from(words), CHANGES)
 
 
 GAP = {
@@ -107,13 +120,14 @@ GAP = {
 }
 
 
-@fuzzed
-@given(CHANGES)
-def test_messages_to_subscribers(changes):
-    try:
-        check_wire(unpack_wire(changed(msgpack.packb(GAP), changes)))
-    except (CodecError, ValueError):
-        return
+def test_messages_to_subscribers():
+    def checks(changes):
+        try:
+            check_wire(unpack_wire(changed(msgpack.packb(GAP), changes)))
+        except (CodecError, ValueError):
+            return
+
+    fuzz(checks, CHANGES)
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +170,7 @@ def test_files(files, pattern):
     paths = sorted(path for path in files.glob(pattern) if path.is_file())
     whole = {path: path.read_bytes() for path in paths}
 
-    @fuzzed
-    @given(st.sampled_from(paths), CHANGES)
-    def fuzz(path, changes):
+    def reads(path, changes):
         path.write_bytes(changed(whole[path], changes))
         try:
             with contextlib.suppress(PipelineError, EngineError):
@@ -167,7 +179,7 @@ def test_files(files, pattern):
             path.write_bytes(whole[path])
 
     assert paths
-    fuzz()
+    fuzz(reads, st.sampled_from(paths), CHANGES)
 
 
 def test_changes_change():

@@ -131,6 +131,47 @@ def test_patches_do_not_mix(rng):
         assert_allclose(whole.p_exist[here], alone.p_exist)
 
 
+def plainly(cells, number, reach_px):
+    """Figures (…, 9) of the targets of one patch's cells (7, M), one array operation at a time."""
+    left, targets = np.clip(cells[0], 0.0, 1.0), []
+    for _ in range(number):
+        away = np.hypot(*(cells[1:3] - cells[1:3, left.argmax(), None]))
+        order = np.argsort(away, kind="stable")
+        near = np.where(away <= reach_px, left, 0.0)[order]
+        weight = np.zeros_like(left)
+        weight[order] = np.minimum(near, np.clip(1.0 - (np.cumsum(near) - near), 0.0, None))
+        left = left - weight
+        if weight.sum() > 0.01:
+            x, y, intensity = means = [np.average(cells[k], weights=weight) for k in (1, 2, 3)]
+            dx, dy, di = (cells[k] - mean for k, mean in enumerate(means, start=1))
+            squares = cells[4] ** 2 + dx**2, dx * dy, cells[5] ** 2 + dy**2, cells[6] ** 2 + di**2
+            xx, xy, yy, ii = (np.average(square, weights=weight) for square in squares)
+            targets.append([x, y, intensity, weight.sum(), xx, xy, yy, np.sqrt(ii)])
+    return np.array(targets)
+
+
+@pytest.mark.parametrize("exponent", [1, 100, 400])
+def test_compiled_it_reads_what_is_read_step_by_step(rng, exponent):
+    maps = said(20)
+    maps[:, 0] = rng.random((20, 33, 33)) ** exponent
+    maps[:, 1:3] = np.stack(np.meshgrid(*[np.arange(33) / 3 - 1 / 3] * 2))
+    maps[:, 1:3] += rng.normal(0.0, 0.1, (20, 2, 33, 33))
+    maps[:, 3:] = rng.uniform(0.02, 0.2, (20, 4, 33, 33))
+    found = read(maps)
+    for image, cells in enumerate(maps.reshape(20, 7, -1).astype(np.float64)):
+        more = count_at_least(cells[None, 0], SPEAKING, SPREAD)[0]
+        number = min((more >= 0.5).sum() + 1, (more >= 0.02).sum())
+        loudest = np.argsort(-cells[0], kind="stable")[:SPEAKING]
+        here = found.take(np.flatnonzero(found.image == image))
+        columns = here.xy_px, here.intensity, here.p_exist, here.cov_px2, here.intensity_sigma
+        assert_allclose(
+            np.column_stack(columns),
+            plainly(cells[:, loudest], number, 0.3),
+            rtol=1e-5,  # maps are in single precision
+            atol=1e-9,
+        )
+
+
 def test_expected_hits_are_those_of_gaussian_errors(rng):
     error = rng.normal(0.0, 0.1, (200_000, 2))
     distance = np.hypot(*error.T)

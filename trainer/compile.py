@@ -42,6 +42,13 @@ CHOICES: dict[Target, tuple[Precision, ...]] = {
 }
 """Precisions tried if none is asked for."""
 
+TAKES: dict[Target, tuple[Precision, ...]] = {
+    "openvino": ("f32", "bf16", "int8"),
+    "torch": ("f32", "f16", "bf16"),
+    "tensorrt": ("f32", "f16", "bf16", "int8"),
+    "tensorrt-rtx": ("f32", "f16", "bf16", "int8"),
+}
+
 
 class Variant(NamedTuple):
     """One way to build."""
@@ -81,6 +88,7 @@ class Wish(NamedTuple):
     batch: int = 16
     max_batch: int = 64
     optimisation_level: int = 3
+    patches: int = PATCHES  # to compare on
 
 
 def compile_model(
@@ -92,9 +100,13 @@ def compile_model(
     TrainingFailed if nothing was good enough: then nothing is written.
     """
     manifest = _portable(model)
+    if wish.precision not in (None, *TAKES[wish.target]):
+        raise TrainerError(
+            f"--precision {wish.precision}: {wish.target} takes {', '.join(TAKES[wish.target])}"
+        )
     name = f"{manifest.name}.{wish.target}"
     with aside(out_dir, name) as folder:
-        held = held_out(manifest, PATCHES)
+        held = held_out(manifest, wish.patches)
         tell(f"{len(held.patch)} held-out patches of {held.profile.name}")
         wanted = reference(model, manifest, held)
         tell(f"reference: {wanted.name}, CSO-mAP {wanted.cso_map:.4f}")

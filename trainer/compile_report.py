@@ -14,14 +14,14 @@ def print_candidates(candidates: Sequence[Candidate], chosen: Manifest, console:
     builds = [candidate.manifest.build for candidate in candidates]
     sizes = sorted({found.batch for build in builds if build for found in build.latency})
     table = Table(
-        "precision", "threads", *(f"{size} patches" for size in sizes), "error", "CSO-mAP", "",
-        title=f"{chosen.name}: ms p50 (p99)", title_justify="left",
+        "precision", "threads", *(f"B = {size}" for size in sizes), "error", "CSO-mAP", "",
+        title=f"{chosen.name}: ms p50 for B patches", title_justify="left",
     )  # fmt: skip
     for candidate in candidates:
         build = candidate.manifest.build
         if build is None:
             continue
-        times = {found.batch: f"{found.p50_ms:.2f} ({found.p99_ms:.2f})" for found in build.latency}
+        times = {found.batch: f"{found.p50_ms:.2f}" for found in build.latency}
         verdict = "; ".join(candidate.wrong)
         if candidate.manifest == chosen:
             verdict = "[bold]chosen"

@@ -20,7 +20,7 @@ from trainer.reading import Reading, detections, read_maps
 from trainer.trained import WEIGHTS, load_weights, read_weights
 from trainer.units import to_network_units
 
-PATCHES = 4000
+PATCHES = 2000
 CALIBRATION_PATCHES = 512
 
 CSO_MAP_TOLERANCE = 0.003

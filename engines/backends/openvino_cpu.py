@@ -21,7 +21,7 @@ from engines.cache import cache_folder
 from engines.errors import EngineError
 from engines.manifest import EngineManifest
 
-CAPABILITY = {"f32": "FP32", "bf16": "BF16", "int8": "INT8"}
+CAPABILITY = {"f32": "FP32", "f16": "FP16", "bf16": "BF16", "int8": "INT8"}
 """What OpenVINO calls a precision the CPU has instructions for."""
 
 

@@ -1,11 +1,13 @@
+# mypy: allow-untyped-defs, allow-untyped-calls
+# ruff: noqa: ANN001, ANN202
 """Connected bright regions of an image: finding them, and joining those one window covers."""
 
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.physics.compiled import compiled
 from pipeline.physics.groups import SIZE_PX
 
 CORE_SHARE = 0.2
@@ -38,39 +40,77 @@ class Regions(NamedTuple):
 
 
 def find_regions(snr_HW: Image, threshold: float) -> Regions:
-    """Regions of 8-connected pixels above the threshold."""
-    bright_HW = snr_HW > threshold
-    number, label_HW = cv2.connectedComponents(bright_HW.view(np.uint8), connectivity=8)
-    number -= 1
-    if number == 0:
-        none = np.empty((0, 2))
-        return Regions(
-            none.astype(np.int64), np.empty(0, np.float32), np.empty((0, 4), np.int64), none
-        )
-    flat = np.flatnonzero(bright_HW)
-    region = label_HW.ravel()[flat] - 1
-    order = np.argsort(region, kind="stable")
-    flat, region = flat[order], region[order]
-    snr = snr_HW.ravel()[flat]
-    rows = np.arange(number)
-    peak = np.maximum.reduceat(snr, np.searchsorted(region, rows))
-    at_peak = np.flatnonzero(snr == peak[region])
-    first = flat[at_peak[np.searchsorted(region[at_peak], rows)]]
+    """Regions of 8-connected pixels above the threshold, in the order of their first pixels."""
+    bright = np.flatnonzero(snr_HW > threshold)
+    label, number = _labelled(bright, snr_HW.shape[1])
+    return Regions(*_described(bright, label, number, snr_HW))
 
-    core = snr >= CORE_SHARE * peak[region]
-    snr, region = snr[core].astype(np.float64), region[core]
-    y, x = np.divmod(flat[core], snr_HW.shape[1])
-    begin = np.searchsorted(region, rows)
-    least, most, total = (np.minimum.reduceat, np.maximum.reduceat, np.add.reduceat)
-    return Regions(
-        peak_xy=np.stack([first % snr_HW.shape[1], first // snr_HW.shape[1]], axis=1),
-        snr=peak,
-        bbox_px=np.stack(
-            [least(x, begin), least(y, begin), most(x, begin) + 1, most(y, begin) + 1], axis=1
-        ),
-        xy_px=np.stack([total(snr * x, begin), total(snr * y, begin)], axis=1)
-        / total(snr, begin)[:, None],
-    )
+
+@compiled
+def _labelled(bright, width):
+    """Region (N,) of each of the pixels, numbered row by row and sorted, and how many there are.
+
+    A pixel joins the regions of its neighbours seen before: on its left and in the row above.
+    """
+    root = np.arange(len(bright))
+    above = 0
+    for n, here in enumerate(bright):
+        x = here % width
+        while bright[above] < here - width - 1:
+            above += 1
+        if x > 0 and n > 0 and bright[n - 1] == here - 1:
+            _join(root, n, n - 1)
+        for other in range(above, n):
+            if bright[other] > here - width + 1:
+                break
+            if abs(bright[other] % width - x) <= 1:
+                _join(root, n, other)
+    number = 0
+    for n in range(len(bright)):
+        if root[n] == n:
+            root[n] = number
+            number += 1
+        else:  # numbered already, since a root is the first of its region
+            root[n] = root[root[n]]
+    return root, number
+
+
+@compiled
+def _join(root, one, other):
+    """Make two pixels' regions one."""
+    while root[one] != one:
+        root[one] = root[root[one]]
+        one = root[one]
+    while root[other] != other:
+        root[other] = root[root[other]]
+        other = root[other]
+    root[max(one, other)] = min(one, other)
+
+
+@compiled
+def _described(bright, label, number, snr_HW):
+    """The columns of `Regions`."""
+    width = snr_HW.shape[1]
+    peak_xy, peak = np.zeros((number, 2), np.int64), np.zeros(number, np.float32)
+    for n, region in enumerate(label):
+        y, x = divmod(bright[n], width)
+        if snr_HW[y, x] > peak[region]:
+            peak_xy[region, 0], peak_xy[region, 1], peak[region] = x, y, snr_HW[y, x]
+    box, xy_px, total = np.zeros((number, 4), np.int64), np.zeros((number, 2)), np.zeros(number)
+    box[:, :2] = snr_HW.size
+    for n, region in enumerate(label):
+        y, x = divmod(bright[n], width)
+        snr = snr_HW[y, x]
+        if snr < np.float32(CORE_SHARE) * peak[region]:
+            continue
+        box[region, 0], box[region, 1] = min(box[region, 0], x), min(box[region, 1], y)
+        box[region, 2], box[region, 3] = max(box[region, 2], x + 1), max(box[region, 3], y + 1)
+        xy_px[region, 0] += x * float(snr)
+        xy_px[region, 1] += y * float(snr)
+        total[region] += snr
+    for region in range(number):
+        xy_px[region] /= total[region]
+    return peak_xy, peak, box, xy_px
 
 
 def merge(regions: Regions, pitch_px: int) -> tuple[Regions, Integers]:

@@ -104,9 +104,11 @@ def table(candidates: Candidates, patches: int, spare: int = 0) -> Table:
 
 def count_probabilities(at_least_BK: Array64) -> Array64:
     """Probability (B, K + 1) of 0, 1, …, K − 1 and of K or more, of those of at least 1, …, K."""
-    padded = np.pad(at_least_BK, ((0, 0), (1, 1)))
-    padded[:, 0] = 1.0
-    probability: Array64 = np.clip(-np.diff(padded, axis=1), 0.0, 1.0)
+    rows, columns = at_least_BK.shape
+    bounded = np.zeros((rows, columns + 2))
+    bounded[:, 0] = 1.0
+    bounded[:, 1:-1] = at_least_BK
+    probability: Array64 = np.clip(bounded[:, :-1] - bounded[:, 1:], 0.0, 1.0)
     return probability
 
 

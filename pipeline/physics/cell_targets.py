@@ -1,3 +1,5 @@
+# mypy: allow-untyped-defs, allow-untyped-calls
+# ruff: noqa: ANN001, ANN202
 """Reading networks that answer off the grid: for each cell the target in it, if there is one.
 
 Such a map is (B, 7 c², H, W). The c × c cells of a pixel are channels of it, row by row, for each
@@ -7,13 +9,16 @@ A target whose cell is uncertain has its probability spread over several; what b
 gathered here. Only the few cells that may hold a target are turned into pixels and counts.
 """
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit, ndtr
+from scipy.special import expit
 
-from pipeline.physics.grid import Peaks, cell_centres_px
+from pipeline.physics.compiled import compiled
+from pipeline.physics.grid import Peaks
 
-Vector = NDArray[np.float64]
+_ROOT2 = math.sqrt(2.0)
 
 CHANNELS = 7
 LOG_SCALES = (-6.0, 3.0)
@@ -48,54 +53,18 @@ def read_cell_targets(
     probability of k or more in the patch, so its differences are the probabilities of the counts,
     and those of at least a half are as many targets as the cells' probabilities add up to, rounded.
     """
-    p = cell_probability(map_BCHW, c)
-    heard = min(SPEAKING, p.shape[1])
-    more = count_at_least(p, heard, count_spread)  # (B, heard)
-    number = np.minimum((more >= 0.5).sum(axis=1) + 1, (more >= SPARE).sum(axis=1))
-    cells = _loudest(map_BCHW, p, heard, c)  # (B, 7, heard)
-    left = cells[:, 0].copy()
-    parts: list[Peaks] = []
-    for rank in range(int(number.max(initial=0))):
-        row = np.flatnonzero(number > rank)
-        weight = _gathered(left[row], cells[row, 1:3], REACH_SIGMA * sigma_px)
-        left[row] -= weight
-        told = weight.sum(axis=1) > SILENCE
-        row, weight = row[told], weight[told]
-        parts.append(_mean(row, weight, cells[row], more[row, rank]))
-    if not parts:
-        parts = [_mean(number[:0], left[:0], cells[:0], more[:0, 0])]
-    joined = Peaks(*map(np.concatenate, zip(*parts, strict=True)))
-    return joined.take(np.argsort(joined.image, kind="stable"))
-
-
-def cell_probability(map_BCHW: NDArray[np.floating], c: int) -> Vector:
-    """Probability (B, c² H W) that a target is in each cell, the cells in the map's own order."""
     batch, _, height, width = map_BCHW.shape
-    odds = map_BCHW[:, : c * c].reshape(batch, c * c * height * width)
-    p: Vector = expit(odds.astype(np.float64))
-    return p
-
-
-def _loudest(map_BCHW: NDArray[np.floating], p: Vector, heard: int, c: int) -> Vector:
-    """The most probable cells (B, 7, heard): p, x px, y px, intensity, and their deviations."""
-    batch, _, height, width = map_BCHW.shape
-    place = np.argpartition(p, -heard, axis=1)[:, -heard:]
-    said = map_BCHW.reshape(batch, CHANNELS, c * c * height * width)
-    said = np.take_along_axis(said, place[:, None], axis=2).astype(np.float64)
-    cell, pixel = np.divmod(place, height * width)
-    centre = cell_centres_px(1, c)
-    deviation = np.sqrt(2.0) * np.exp(np.clip(said[:, 4:], *LOG_SCALES))  # of a Laplace variable
-    return np.stack(
-        [
-            np.take_along_axis(p, place, axis=1),
-            pixel % width + centre[cell % c] + said[:, 1] / c,
-            pixel // width + centre[cell // c] + said[:, 2] / c,
-            said[:, 3],
-            deviation[:, 0] / c,
-            deviation[:, 1] / c,
-            deviation[:, 2],
-        ],
-        axis=1,
+    flat = np.ascontiguousarray(map_BCHW).reshape(batch, CHANNELS, c * c * height * width)
+    image, found = _read(flat, c, width, REACH_SIGMA * sigma_px, count_spread)
+    return Peaks(
+        image=image,
+        xy_px=found[:, 0:2],
+        intensity=found[:, 2],
+        value=found[:, 3],
+        p_exist=found[:, 4],
+        p_count=found[:, 3].copy(),
+        cov_px2=found[:, 5:8],
+        intensity_sigma=found[:, 8],
     )
 
 
@@ -103,52 +72,145 @@ def count_at_least(
     p_BM: NDArray[np.floating], most: int, count_spread: CountSpread
 ) -> NDArray[np.float64]:
     """Probability (B, most) that a patch holds at least 1, 2, … targets, of its cells' p (B, M)."""
-    p = p_BM.astype(np.float64)
-    a, b = count_spread
-    deviation = np.sqrt(a + b * np.sum(p * (1.0 - p), axis=1))[:, None]
-    result: NDArray[np.float64] = ndtr(
-        (p.sum(axis=1)[:, None] - (np.arange(most) + 0.5)) / deviation
-    )
+    result = np.empty((len(p_BM), most))
+    for p, row in zip(p_BM, result, strict=True):
+        _count(np.ascontiguousarray(p), count_spread, row)
     return result
 
 
-def _gathered(left: Vector, xy_px: Vector, reach_px: float) -> Vector:
-    """Of the probabilities left (B, M), those of the next target: at most 1 in all."""
-    seed = left.argmax(axis=1)[:, None]
-    away = np.hypot(
-        *(xy_px[:, axis] - np.take_along_axis(xy_px[:, axis], seed, axis=1) for axis in (0, 1))
-    )
-    order = np.argsort(away, axis=1)
-    near = np.where(away <= reach_px, left, 0.0)
-    outwards = np.take_along_axis(near, order, axis=1)
-    room = np.clip(1.0 - (np.cumsum(outwards, axis=1) - outwards), 0.0, None)
-    taken = np.empty_like(left)
-    np.put_along_axis(taken, order, np.minimum(outwards, room), axis=1)
-    return taken
+def cell_probability(map_BCHW: NDArray[np.floating], c: int) -> NDArray[np.float64]:
+    """Probability (B, c² H W) that a target is in each cell, the cells in the map's own order."""
+    batch, _, height, width = map_BCHW.shape
+    odds = map_BCHW[:, : c * c].reshape(batch, c * c * height * width).astype(np.float64)
+    result: NDArray[np.float64] = expit(odds)
+    return result
 
 
-def _mean(row: NDArray[np.int64], weight: Vector, cells: Vector, p_count: Vector) -> Peaks:
-    """One target for each patch from its cells (B, 7, M) and their weights (B, M)."""
-    gathered = np.minimum(weight.sum(axis=1), 1.0)  # which rounding may pass
-    share = weight / np.maximum(gathered, 1e-12)[:, None]
-    x, y, intensity = means = [np.sum(share * cells[:, k], axis=1) for k in (1, 2, 3)]
-    dx, dy, di = (cells[:, k] - mean[:, None] for k, mean in enumerate(means, start=1))
-    xx, xy, yy, ii = (
-        np.sum(share * value, axis=1)
-        for value in (
-            cells[:, 4] ** 2 + dx**2,
-            dx * dy,
-            cells[:, 5] ** 2 + dy**2,
-            cells[:, 6] ** 2 + di**2,
-        )
-    )
-    return Peaks(
-        image=row,
-        xy_px=np.stack([x, y], axis=1),
-        intensity=intensity,
-        value=p_count,
-        p_exist=gathered,
-        p_count=p_count,
-        cov_px2=np.stack([xx, xy, yy], axis=1),
-        intensity_sigma=np.sqrt(ii),
-    )
+def compile_reading() -> None:
+    """Have the reading compiled, or got from its cache, now instead of with the first maps."""
+    read_cell_targets(np.zeros((0, CHANNELS, 1, 1), np.float32), 1, 1.0, (1.0, 0.0))
+
+
+@compiled
+def _count(p, spread, more):
+    """Fill more (most,) with `count_at_least` of one patch."""
+    total, variance = 0.0, 0.0
+    for n in range(len(p)):
+        share = float(p[n])
+        total += share
+        variance += share * (1.0 - share)
+    deviation = math.sqrt(spread[0] + spread[1] * variance)
+    for k in range(len(more)):
+        more[k] = 0.5 * math.erfc((k + 0.5 - total) / deviation / _ROOT2)
+
+
+@compiled
+def _loudest(p, cells):
+    """Fill cells (M,) with the numbers of the M most probable, the most probable first."""
+    heard = 0
+    for n in range(len(p)):
+        if heard == len(cells) and not p[n] > p[cells[heard - 1]]:
+            continue
+        place = min(heard, len(cells) - 1)
+        while place > 0 and p[n] > p[cells[place - 1]]:
+            cells[place] = cells[place - 1]
+            place -= 1
+        cells[place] = n
+        heard = min(heard + 1, len(cells))
+
+
+@compiled
+def _gather(left, x, y, reach, near, away, weight):
+    """Fill weight (M,) with what of the probabilities left is the next target's: at most 1.
+
+    near and away (M,) are room for the cells within reach, the nearest first.
+    """
+    seed = np.argmax(left)
+    number = 0
+    for n in range(len(left)):
+        weight[n] = 0.0
+        distance = math.hypot(x[n] - x[seed], y[n] - y[seed])
+        if distance > reach:
+            continue
+        place = number
+        while place > 0 and distance < away[place - 1]:
+            near[place], away[place] = near[place - 1], away[place - 1]
+            place -= 1
+        near[place], away[place] = n, distance
+        number += 1
+    passed, gathered = 0.0, 0.0
+    for n in near[:number]:
+        weight[n] = min(left[n], max(1.0 - passed, 0.0))
+        passed += left[n]
+        gathered += weight[n]
+    return gathered
+
+
+@compiled
+def _mean(weight, gathered, cells, out):
+    """Fill out (9,) with the figures of one target, of its cells (7, M) and their weights."""
+    out[:3] = 0.0
+    out[5:] = 0.0
+    whole = max(gathered, 1e-12)
+    for n in np.flatnonzero(weight):
+        for k in range(3):
+            out[k] += weight[n] / whole * cells[1 + k, n]
+    for n in np.flatnonzero(weight):
+        share = weight[n] / whole
+        dx, dy, di = cells[1, n] - out[0], cells[2, n] - out[1], cells[3, n] - out[2]
+        out[5] += share * (cells[4, n] ** 2 + dx**2)
+        out[6] += share * (dx * dy)
+        out[7] += share * (cells[5, n] ** 2 + dy**2)
+        out[8] += share * (cells[6, n] ** 2 + di**2)
+    out[8] = math.sqrt(out[8])
+
+
+@compiled
+def _hear(said, p, chosen, c, width, cells):
+    """Fill cells (7, M) with p, x px, y px, intensity, and deviations of these, of chosen cells."""
+    pixels = len(p) // (c * c)
+    for m, n in enumerate(chosen):
+        row, column = divmod(n // pixels, c)  # within the pixel
+        y, x = divmod(n % pixels, width)
+        cells[0, m] = p[n]
+        cells[1, m] = x + (column - (c - 1) / 2 + said[1, n]) / c
+        cells[2, m] = y + (row - (c - 1) / 2 + said[2, n]) / c
+        cells[3, m] = said[3, n]
+        for k in range(4, 7):
+            log_scale = min(max(float(said[k, n]), LOG_SCALES[0]), LOG_SCALES[1])
+            deviation = _ROOT2 * math.exp(log_scale)  # of a Laplace variable
+            cells[k, m] = deviation if k == 6 else deviation / c
+
+
+@compiled
+def _read(maps, c, width, reach, spread):
+    """Of maps (B, 7, cells): the image of each target (N,), and its figures (N, 9).
+
+    These are x, y, intensity, p_count, p_exist, the variances xx, xy, yy, and intensity_sigma.
+    """
+    heard = min(SPEAKING, maps.shape[2])
+    image = np.empty(len(maps) * heard, np.int64)
+    found = np.empty((len(maps) * heard, 9))
+    number = 0
+    chosen, more, left = np.empty(heard, np.int64), np.empty(heard), np.empty(heard)
+    near, away, weight = np.empty(heard, np.int64), np.empty(heard), np.empty(heard)
+    cells, p = np.empty((maps.shape[1], heard)), np.empty(maps.shape[2])
+    for b in range(len(maps)):
+        for n in range(len(p)):
+            p[n] = 1.0 / (1.0 + math.exp(-float(maps[b, 0, n])))
+        _count(p, spread, more)
+        _loudest(p, chosen)
+        _hear(maps[b], p, chosen, c, width, cells)
+        left[:] = cells[0]
+        spare, likely = np.count_nonzero(more >= SPARE), np.count_nonzero(more >= 0.5)
+        for rank in range(min(spare, likely + 1)):
+            gathered = _gather(left, cells[1], cells[2], reach, near, away, weight)
+            left -= weight
+            if gathered <= SILENCE:
+                continue
+            gathered = min(gathered, 1.0)  # which rounding may pass
+            image[number] = b
+            _mean(weight, gathered, cells, found[number])
+            found[number, 3], found[number, 4] = more[rank], gathered
+            number += 1
+    return image[:number], found[:number]

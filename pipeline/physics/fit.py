@@ -154,7 +154,7 @@ def fit(
     fit_patches(
         np.ascontiguousarray(window.counts_BHW),
         np.ascontiguousarray(window.background_BHW),
-        np.ascontiguousarray(window.usable_BHW),
+        np.array(window.usable_BHW, order="C"),  # read-only if received: it would compile anew
         targets,
         groups.present,
         shared,

@@ -25,6 +25,7 @@ from pipeline.runtime.flow import Flow, build_flow, shown_to_beside
 from pipeline.runtime.inlet import Inlet, Overrun, Shed
 from pipeline.runtime.logs import configure_logs
 from pipeline.runtime.memory import keep_freed_memory
+from pipeline.runtime.rehearsal import rehearse
 from pipeline.runtime.topology import Node
 from pipeline.transport import codec, sockets
 from pipeline.transport.frames import FramePublisher
@@ -91,6 +92,8 @@ def run_node(task: NodeTask) -> None:
             for part in (stages[:cut], stages[cut:])
         )
         with contextlib.closing(first), contextlib.closing(flow):
+            if task.mode == "live":
+                _rehearse(task, flow)
             if task.row == 0:
                 _run_front(task, first, flow, socket, wake)
             else:
@@ -101,6 +104,16 @@ def run_node(task: NodeTask) -> None:
     finally:
         socket.close()
         sockets.end()
+
+
+def _rehearse(task: NodeTask, flow: Flow) -> None:
+    """In the front with stages of its own: a detector may remember the frames it has seen."""
+    if task.row > 0:
+        rehearse(flow, task.node.stages, task.sensor, task.shape)
+        return
+    again = build_flow(task.config, task.node.stages, task.sensor, task.shape)
+    with contextlib.closing(again):
+        rehearse(again, task.node.stages, task.sensor, task.shape)
 
 
 def _outlive_not(task: NodeTask) -> None:

@@ -25,6 +25,7 @@ from pipeline.runtime.dispatch import Dispatcher, Job
 from pipeline.runtime.join import Join
 from pipeline.runtime.node import Mode, NodeTask, hub_endpoint, run_node
 from pipeline.runtime.outlet import Messages, Outlet
+from pipeline.runtime.rehearsal import settle
 from pipeline.runtime.swap import Reloader
 from pipeline.runtime.telemetry import Telemetry
 from pipeline.transport import codec
@@ -220,6 +221,7 @@ class Supervisor:
     def _start_when_ready(self) -> None:
         ready = all(child.ready for child in self._children.all)
         if ready and self._publisher.subscribers >= self._config.publish.wait_for:
+            settle()
             self._started = True
             self._outlet.output.start()
 

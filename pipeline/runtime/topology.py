@@ -41,7 +41,7 @@ class Node:
 
 TOPOLOGY = (
     #    name     stages             replicas  queue  overflow  budget_ms       # takes → gives
-    Node("front", ("detect", "crop"), 1, 4, "drop-oldest", 2.5),  # Frame → Patches
+    Node("front", ("detect", "crop"), 1, 16, "drop-oldest", 2.5),  # Frame → Patches
     Node("unmix", ("unmix",), 1, 2, "block", 5.0),  # Patches → Unmixed
     Node("back", ("report",), 1, 16, "block", 1.0),  # Unmixed → TargetReport
     Node("yolo", (), 1, 1, "drop-oldest", 100.0, beside=True),  # Frame → Objects, joins at `fuse`

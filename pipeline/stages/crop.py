@@ -8,8 +8,9 @@ from pipeline.component import Settings, Stage
 from pipeline.errors import PipelineError
 from pipeline.messages import Blobs, Flag, Patches, Tiling
 from pipeline.physics import noise
-from pipeline.physics.background import plane_background
 from pipeline.physics.groups import SIZE_PX
+from pipeline.physics.plane_fit import compile_planes, fit_planes
+from pipeline.physics.sensor import Sensor
 
 REACH = SIZE_PX // 2
 Integers = NDArray[np.int64]
@@ -32,6 +33,10 @@ class Crop(Stage[Blobs, Patches]):
 
         max_clutter: float = Field(5.0, gt=1.0)
 
+    def __init__(self, config: Config, sensor: Sensor) -> None:
+        super().__init__(config, sensor)
+        compile_planes()
+
     def process(self, message: Blobs) -> Patches:
         """One patch for each group that has a window, groups in the order of the blobs."""
         flags = message.flags.astype(np.int64)
@@ -50,8 +55,8 @@ class Crop(Stage[Blobs, Patches]):
         usable_BHW = message.usable_HW[here]
         counts_BHW = np.where(usable_BHW, message.pixels_HW[here], 0).astype(np.float32)
         centre = message.xy_px[first][group] - origin
-        background_BHW, rms = plane_background(counts_BHW.astype(np.float64), centre, usable_BHW)
-        background_BHW = background_BHW.astype(np.float32)
+        plane_BHW, rms = fit_planes(counts_BHW, centre, usable_BHW)
+        background_BHW = plane_BHW.astype(np.float32)
         saturated = (usable_BHW & (counts_BHW >= self._sensor.full_scale)).any(axis=(1, 2))
         cluttered = rms > self._config.max_clutter * self._noise(background_BHW)
         flags[group[saturated]] |= Flag.SATURATED

@@ -93,6 +93,7 @@ class Detect(Stage[Frame, Blobs]):
         filtered_sigma_px = math.sqrt(2.0 * sensor.sigma_px**2 + 2.0 / 12.0)
         core_px = 2.0 * filtered_sigma_px * math.sqrt(-2.0 * math.log(CORE_SHARE))
         self._max_width_px = math.ceil(config.group_span_px + core_px) + 1
+        find_regions(np.zeros((1, 1), np.float32), 0.0)  # compiled now, not with the first frame
 
     @classmethod
     def build(cls, config: Config, context: Context) -> Self:

@@ -15,10 +15,10 @@ from scipy.special import ndtr
 
 from pipeline.component import Context, Settings, Stage
 from pipeline.messages import MAX_COUNT, Angles, FrameInfo, TargetReport, Unmixed
-from pipeline.physics.bounds import cramer_rao, fisher_information
 from pipeline.physics.candidates import LIKELY, count_probabilities
 from pipeline.physics.geometry import Geometry
 from pipeline.physics.grid import cell_variance_px2
+from pipeline.physics.group_bounds import Bounds, compile_bounds, group_bounds
 from pipeline.physics.sensor import Sensor
 
 Vector = NDArray[np.float64]
@@ -40,6 +40,7 @@ class Report(Stage[Unmixed, TargetReport]):
     def __init__(self, config: Config, sensor: Sensor, geometry: Geometry | None = None) -> None:
         super().__init__(config, sensor)
         self._geometry = geometry
+        compile_bounds()
 
     @classmethod
     def build(cls, config: Config, context: Context) -> Self:
@@ -84,40 +85,26 @@ class Report(Stage[Unmixed, TargetReport]):
         boresight = None if pose is None else (pose.az_rad, pose.el_rad, pose.roll_rad)
         return Angles(*self._geometry.angles(xy_px, cov_px2, boresight))
 
-    def _information(self, message: Unmixed) -> tuple[Vector, Vector, Vector]:
-        """SNR (M,), covariance (M, 3) px², intensity sigma (M,): groups of one size at a time."""
+    def _information(self, message: Unmixed) -> Bounds:
+        """What the imaging model says of the targets, and the method where it says more."""
         patches = message.patches
-        local = message.xy_px - patches.origin_px[message.patch]
-        number = len(message.patch)
-        snr, sigma, cov = np.zeros(number), np.zeros(number), np.zeros((number, 3))
-        shape = patches.counts_BHW.shape[1:]
-        middle = patches.background_BHW.mean(axis=(1, 2), dtype=np.float64)
-        sizes = np.bincount(message.patch, minlength=len(patches.group))
-        for size in np.unique(sizes[sizes > 0]):
-            # Targets come in the order of their patches, so a group's are neighbours.
-            rows = np.flatnonzero(sizes[message.patch] == size).reshape(-1, size)
-            information = fisher_information(
-                local[rows],
-                message.intensity[rows],
-                middle[message.patch[rows[:, 0]]],
-                shape,
-                self._sensor,
-                with_background=True,
-                usable=patches.usable_BHW[message.patch[rows[:, 0]]],
-            )
-            bound = cramer_rao(information)
-            of = np.arange(size) * 3
-            per_count = information[:, of + 2, of + 2]
-            snr[rows] = message.intensity[rows] * np.sqrt(per_count)
-            sigma[rows] = np.sqrt(bound[:, of + 2, of + 2])
-            cell = cell_variance_px2(message.cell_px)
-            cov[rows] = np.stack(
-                [bound[:, of, of] + cell, bound[:, of, of + 1], bound[:, of + 1, of + 1] + cell],
-                axis=-1,
-            )
-        cov = np.where(np.isnan(message.cov_px2), cov, message.cov_px2)
-        sigma = np.where(np.isnan(message.intensity_sigma), sigma, message.intensity_sigma)
-        return snr, cov, sigma
+        bounds = group_bounds(
+            message.patch,
+            message.xy_px - patches.origin_px[message.patch],
+            message.intensity,
+            patches.background_BHW.mean(axis=(1, 2), dtype=np.float64),
+            patches.usable_BHW,
+            self._sensor,
+        )
+        cell = cell_variance_px2(message.cell_px)
+        gridded = bounds.cov_px2 + np.array([cell, 0.0, cell])
+        return Bounds(
+            bounds.snr,
+            np.where(np.isnan(message.cov_px2), gridded, message.cov_px2),
+            np.where(
+                np.isnan(message.intensity_sigma), bounds.intensity_sigma, message.intensity_sigma
+            ),
+        )
 
 
 def _count_posterior(message: Unmixed, group: NDArray[np.int32], p_exist: Vector) -> Vector:
@@ -156,6 +143,8 @@ def _joint(message: Unmixed, keep: NDArray[np.bool_]) -> Vector:
     """Covariance (N, 2K, 2K) of the kept targets of each group; NaN unless all were fitted."""
     columns = message.joint_px2.shape[1] // 2
     joint = np.full((len(message.patches.bbox_px), 2 * columns, 2 * columns), np.nan)
+    if not columns:
+        return joint
     fitted = np.flatnonzero(message.refined)
     place = _rank(message.patch[fitted])  # within the patch's joint covariance
     for patch in np.unique(message.patch[keep]):

@@ -16,7 +16,7 @@ from pipeline.component import Context, Settings, Stage
 from pipeline.imaging.fitting import fitted, in_frame, window_of
 from pipeline.messages import Flag, Patches, Unmixed
 from pipeline.physics.candidates import Candidates
-from pipeline.physics.cell_targets import read_cell_targets
+from pipeline.physics.cell_targets import compile_reading, read_cell_targets
 from pipeline.physics.fit import compile_fit
 from pipeline.physics.grid import Peaks, local_maxima
 from pipeline.physics.lone import lone_targets, with_lone
@@ -54,6 +54,7 @@ class Unmix(Stage[Patches, Unmixed]):
         super().__init__(config, sensor)
         self._engine = engine
         compile_fit()
+        compile_reading()
 
     @classmethod
     def build(cls, config: Config, context: Context) -> Self:

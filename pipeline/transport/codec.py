@@ -1,14 +1,16 @@
-"""Messages between nodes as ZeroMQ parts: a MessagePack header, then each array as its own part.
+"""Messages between nodes as ZeroMQ parts: a MessagePack header, all small arrays, each large one.
 
-Pixels never pass through MessagePack: an array part is the array's own memory, sent without a
-copy and read without one. Decoding is strict: the header must fit the dataclass field by field,
-each part must be exactly shape × dtype long, and everything has a limit.
+Pixels never pass through MessagePack: a large array's part is its own memory, sent without a copy
+and read without one. The small ones go together, since what a part costs, not its bytes, is what
+they take. Decoding is strict: the header must fit the dataclass field by field, each part must be
+exactly as long as shapes × dtypes say, and everything has a limit.
 """
 
 import dataclasses
 import math
 import types
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import msgpack
@@ -18,6 +20,9 @@ from numpy.typing import NDArray
 from pipeline import messages
 from pipeline.messages import Trace
 
+OWN_PART_BYTES = 1 << 16
+"""An array of so many bytes is large."""
+ALIGNED_BYTES = 8  # where a small array begins among the others
 MAX_HEADER_BYTES = 1 << 20
 MAX_ARRAY_BYTES = 1 << 27  # well below what a socket takes in
 PIXEL_TYPES = frozenset({"uint8", "uint16", "float32"})
@@ -40,7 +45,7 @@ class CodecError(ValueError):
 
 
 def encode(message: Any, trace: Trace, sent_ns: int) -> list[Any]:
-    """Header and array parts of a message; arrays are not copied, so do not change them after.
+    """Header and array parts of a message; do not change its arrays after.
 
     Raises CodecError on an array larger than MAX_ARRAY_BYTES.
     """
@@ -53,8 +58,14 @@ def encode(message: Any, trace: Trace, sent_ns: int) -> list[Any]:
         "stage_ns": trace.stage_ns,
         "sent_ns": sent_ns,
     }
-    header["arrays"] = [[array.dtype.name, list(array.shape)] for array in arrays]
-    return [msgpack.packb(header), *arrays]
+    header["arrays"] = [[_name(array.dtype), list(array.shape)] for array in arrays]
+    parts: list[Any] = [msgpack.packb(header)]
+    if small := [array for array in arrays if array.nbytes < OWN_PART_BYTES]:
+        *before, last = (array.tobytes() for array in small)
+        parts.append(
+            b"".join([*(data + bytes(-len(data) % ALIGNED_BYTES) for data in before), last])
+        )
+    return parts + [array for array in arrays if array.nbytes >= OWN_PART_BYTES]
 
 
 def _plain(value: Any, arrays: list[NDArray[Any]], where: str) -> Any:
@@ -64,20 +75,26 @@ def _plain(value: Any, arrays: list[NDArray[Any]], where: str) -> Any:
             raise CodecError(
                 f"{where}: {value.nbytes} bytes, at most {MAX_ARRAY_BYTES} can be sent"
             )
-        arrays.append(np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("=")))
+        native = value.dtype if value.dtype.isnative else value.dtype.newbyteorder("=")
+        arrays.append(np.ascontiguousarray(value, dtype=native))
         return None
     if dataclasses.is_dataclass(value):
         return {
-            f.name: _plain(getattr(value, f.name), arrays, f"{where}.{f.name}")
-            for f in dataclasses.fields(value)
+            name: _plain(getattr(value, name), arrays, f"{where}.{name}")
+            for name in value.__dataclass_fields__
         }
     return value
+
+
+@cache
+def _name(dtype: np.dtype[Any]) -> str:
+    return dtype.name
 
 
 def decode(parts: list[Any]) -> tuple[Any, Trace, int]:
     """The message, its trace and when it was sent; raises CodecError on anything malformed.
 
-    Arrays are read-only views of the parts.
+    Arrays are read-only, the large ones views of their parts.
     """
     if not parts or memoryview(parts[0]).nbytes > MAX_HEADER_BYTES:
         raise CodecError("header: missing or larger than 1 MiB")
@@ -90,41 +107,61 @@ def decode(parts: list[Any]) -> tuple[Any, Trace, int]:
     expected = {"type", "fields", "arrays", "t_ingest_ns", "stage_ns", "sent_ns"}
     if not isinstance(header, dict) or set(header) != expected:
         raise CodecError(f"header: must hold exactly {', '.join(sorted(expected))}")
-    kind = TYPES.get(header["type"]) if isinstance(header["type"], str) else None
+    kind: Any = TYPES.get(header["type"]) if isinstance(header["type"], str) else None
     if kind is None:
         raise CodecError(f"type: {header['type']!r} is none of {', '.join(TYPES)}")
     arrays = _arrays(header["arrays"], parts[1:])
-    message = _build(kind, header["fields"], arrays, header["type"])
+    message = _reader(kind)(header["fields"], arrays, header["type"])
     if arrays:
         raise CodecError(f"arrays: {len(arrays)} more than {header['type']} has")
     trace = Trace(
-        t_ingest_ns=_value(int, header["t_ingest_ns"], arrays, "t_ingest_ns"),
-        stage_ns=_value(dict[str, int], header["stage_ns"], arrays, "stage_ns"),
+        t_ingest_ns=_reader(int)(header["t_ingest_ns"], arrays, "t_ingest_ns"),
+        stage_ns=_reader(dict[str, int])(header["stage_ns"], arrays, "stage_ns"),
     )
-    return message, trace, _value(int, header["sent_ns"], arrays, "sent_ns")
+    return message, trace, _reader(int)(header["sent_ns"], arrays, "sent_ns")
 
 
 def _arrays(described: Any, parts: list[Any]) -> list[NDArray[Any]]:
-    """Array views of the parts, in reverse so that they can be popped in order."""
-    if not isinstance(described, list) or len(described) != len(parts):
+    """The arrays in the parts, read-only, in reverse so that they can be popped in order."""
+    if not isinstance(described, list):
+        raise CodecError("arrays: not described by a list")
+    wanted = [_described(entry, f"array {number}") for number, entry in enumerate(described)]
+    small = [nbytes for _, _, nbytes in wanted if nbytes < OWN_PART_BYTES]
+    if len(parts) != bool(small) + len(wanted) - len(small):
         raise CodecError(f"arrays: {len(parts)} parts do not match their description")
-    arrays = []
-    for number, (entry, part) in enumerate(zip(described, parts, strict=True)):
-        where = f"array {number}"
-        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], list)):
-            raise CodecError(f"{where}: must be described by [dtype, shape]")
-        name, shape = entry
-        if not isinstance(name, str) or name not in _DTYPES:
-            raise CodecError(f"{where}: dtype {name!r} is not allowed")
-        if len(shape) > 4 or not all(type(n) is int and 0 <= n <= 1 << 24 for n in shape):
-            raise CodecError(f"{where}: shape {shape!r} is not allowed")
-        dtype = _DTYPES[name]
-        size = math.prod(shape) * dtype.itemsize
-        found = memoryview(part).nbytes
-        if size > MAX_ARRAY_BYTES or size != found:
-            raise CodecError(f"{where}: {name} {shape} needs {size} bytes, the part has {found}")
-        arrays.append(np.frombuffer(part, dtype=dtype).reshape(shape))
+    large = iter(parts)
+    # A copy of one's own, since what comes off a socket begins at any address.
+    together = np.array(np.frombuffer(next(large), np.uint8)) if small else np.empty(0, np.uint8)
+    together.flags.writeable = False
+    needed = sum(nbytes + -nbytes % ALIGNED_BYTES for nbytes in small[:-1]) + sum(small[-1:])
+    if len(together) != needed:
+        raise CodecError(f"small arrays: need {needed} bytes, the part has {len(together)}")
+    arrays, begin = [], 0
+    for number, (dtype, shape, nbytes) in enumerate(wanted):
+        if nbytes < OWN_PART_BYTES:
+            data: Any = together[begin : begin + nbytes]
+            begin += nbytes + -nbytes % ALIGNED_BYTES
+        elif (found := memoryview(data := next(large)).nbytes) != nbytes:
+            raise CodecError(
+                f"array {number}: {dtype} {list(shape)} needs {nbytes} bytes, the part has {found}"
+            )
+        arrays.append(np.frombuffer(data, dtype).reshape(shape))
     return arrays[::-1]
+
+
+def _described(entry: Any, where: str) -> tuple[np.dtype[Any], list[int], int]:
+    """Type, shape and bytes of an array as the header has them."""
+    if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], list)):
+        raise CodecError(f"{where}: must be described by [dtype, shape]")
+    name, shape = entry
+    if not isinstance(name, str) or name not in _DTYPES:
+        raise CodecError(f"{where}: dtype {name!r} is not allowed")
+    if len(shape) > 4 or not all(type(n) is int and 0 <= n <= 1 << 24 for n in shape):
+        raise CodecError(f"{where}: shape {shape!r} is not allowed")
+    nbytes = math.prod(shape) * _DTYPES[name].itemsize
+    if nbytes > MAX_ARRAY_BYTES:
+        raise CodecError(f"{where}: {nbytes} bytes, at most {MAX_ARRAY_BYTES} are allowed")
+    return _DTYPES[name], shape, nbytes
 
 
 _DTYPES = {
@@ -133,60 +170,84 @@ _DTYPES = {
 }
 
 
+Reader = Callable[[Any, list[NDArray[Any]], str], Any]
+"""(value in the header, arrays left, where it is for an error) → value; raises CodecError."""
+
+
 @cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
+def _reader(hint: Any) -> Reader:
+    """What reads values of the type a dataclass declares."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is np.ndarray:
+        (wanted,) = get_args(inner[1]) or (Any,)
+        names = PIXEL_TYPES if wanted is Any else {np.dtype(wanted).name}
+        return partial(_array_of, {_DTYPES[name] for name in names})
+    if dataclasses.is_dataclass(hint):
+        fields = {name: _reader(of) for name, of in get_type_hints(hint).items()}
+        return partial(_build, hint, fields)
+    if origin in (Union, types.UnionType):
+        return partial(_optional, _reader(next(arg for arg in inner if arg is not type(None))))
+    if origin is tuple:
+        repeated = inner[-1] is Ellipsis
+        return partial(_tuple, hint, [_reader(of) for of in inner if of is not Ellipsis], repeated)
+    if origin is dict:
+        return partial(_dict, hint, _reader(inner[1]))
+    return partial(_plainly, hint)
 
 
-def _build(kind: Any, fields: Any, arrays: list[NDArray[Any]], where: str) -> Any:
-    hints = _hints(kind)
-    if not isinstance(fields, dict) or set(fields) != set(hints):
-        raise CodecError(f"{where}: must hold exactly {', '.join(hints)}")
+def _build(
+    kind: Any, readers: dict[str, Reader], fields: Any, arrays: list[NDArray[Any]], where: str
+) -> Any:
+    if not isinstance(fields, dict) or fields.keys() != readers.keys():
+        raise CodecError(f"{where}: must hold exactly {', '.join(readers)}")
     return kind(
-        **{
-            name: _value(hint, fields[name], arrays, f"{where}.{name}")
-            for name, hint in hints.items()
-        }
+        **{name: read(fields[name], arrays, f"{where}.{name}") for name, read in readers.items()}
     )
 
 
-def _value(hint: Any, value: Any, arrays: list[NDArray[Any]], where: str) -> Any:
-    """`value` as the type the dataclass declares; CodecError if it is of another."""
-    origin = get_origin(hint)
-    if origin is np.ndarray:
-        return _array_of(hint, value, arrays, where)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, arrays, where)
-    if origin in (Union, types.UnionType):
-        inner = next(arg for arg in get_args(hint) if arg is not type(None))
-        return None if value is None else _value(inner, value, arrays, where)
-    if origin is tuple and isinstance(value, list):
-        kinds = get_args(hint)
-        if kinds[-1] is Ellipsis:
-            kinds = (kinds[0],) * len(value)
-        if len(kinds) == len(value):
-            return tuple(
-                _value(kind, item, arrays, where) for kind, item in zip(kinds, value, strict=True)
-            )
-    elif origin is dict and isinstance(value, dict):
-        _, kind = get_args(hint)
-        if all(isinstance(key, str) for key in value):
-            return {key: _value(kind, item, arrays, where) for key, item in value.items()}
-    elif type(value) is hint:
-        return value
-    raise CodecError(f"{where}: {value!r:.80} is not {hint}")
+def _optional(read: Reader, value: Any, arrays: list[NDArray[Any]], where: str) -> Any:
+    return None if value is None else read(value, arrays, where)
 
 
-def _array_of(hint: Any, value: Any, arrays: list[NDArray[Any]], where: str) -> NDArray[Any]:
+def _tuple(
+    hint: Any,
+    readers: list[Reader],
+    repeated: bool,
+    value: Any,
+    arrays: list[NDArray[Any]],
+    where: str,
+) -> Any:
+    if not isinstance(value, list) or not (repeated or len(readers) == len(value)):
+        raise _misfit(hint, value, where)
+    readers = readers * len(value) if repeated else readers
+    return tuple(read(item, arrays, where) for read, item in zip(readers, value, strict=True))
+
+
+def _dict(hint: Any, read: Reader, value: Any, arrays: list[NDArray[Any]], where: str) -> Any:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise _misfit(hint, value, where)
+    return {key: read(item, arrays, where) for key, item in value.items()}
+
+
+def _plainly(hint: Any, value: Any, arrays: list[NDArray[Any]], where: str) -> Any:  # noqa: ARG001
+    if type(value) is not hint:
+        raise _misfit(hint, value, where)
+    return value
+
+
+def _misfit(hint: Any, value: Any, where: str) -> CodecError:
+    return CodecError(f"{where}: {value!r:.80} is not {hint}")
+
+
+def _array_of(
+    allowed: set[np.dtype[Any]], value: Any, arrays: list[NDArray[Any]], where: str
+) -> NDArray[Any]:
     if value is not None or not arrays:
         raise CodecError(f"{where}: its array part is missing")
     array = arrays.pop()
-    (wanted,) = get_args(get_args(hint)[1]) or (Any,)
-    allowed = PIXEL_TYPES if wanted is Any else {np.dtype(wanted).name}
-    if array.dtype.name not in allowed:
-        raise CodecError(
-            f"{where}: dtype must be {' or '.join(sorted(allowed))}, got {array.dtype}"
-        )
+    if array.dtype not in allowed:
+        names = " or ".join(sorted(map(str, allowed)))
+        raise CodecError(f"{where}: dtype must be {names}, got {array.dtype}")
     return array
 
 
