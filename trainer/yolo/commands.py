@@ -39,7 +39,7 @@ def import_detector(
     from pydantic import ValidationError
 
     from engines.errors import first_fault
-    from trainer.yolo.export import import_detector as bring_in
+    from trainer.yolo.imported import import_detector as bring_in
 
     fields = {
         "point_sources": _names(point_sources),

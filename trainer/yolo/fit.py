@@ -38,7 +38,7 @@ class YoloFit(BaseModel):
     kinds: tuple[str, ...] = Field(tuple(KINDS), min_length=1, description="of `trainer.clutter`")
     height: int = Field(128, ge=64, multiple_of=16)
     width: int = Field(160, ge=64, multiple_of=16)
-    seed: int = Field(1, ge=0)
+    seed: int = Field(1, ge=0, lt=800_001, description="of frames to learn from, and weights")
     samples: int = Field(32_000, gt=0, description="frames seen in the whole run")
     batch: int = Field(16, gt=0)
     learning_rate: float = Field(3e-3, gt=0)
