@@ -78,6 +78,12 @@ def test_generate_records_frames_of_clutter_with_their_truth(command, tmp_path):
     assert (len(recording), recording.shape) == (3, (256, 320))
     assert recording.truth is not None
     assert len(np.unique(recording.truth.target_id)) == len(recording.truth.target_id) > 10
+    for words, said in (
+        (("clutter", "--backgrounds", "sea,moon"), "no `moon`"),
+        (("field", "--backgrounds", "sea"), "are for --profile clutter"),
+    ):
+        result = command("trainer", "generate", "--profile", *words, "--count", 1, tmp_path / "x")
+        assert_one_line_error(result, said)
 
 
 def counted(score, is_target, label=None, boxless=(10, 80), places=(100, 100)):

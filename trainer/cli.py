@@ -50,6 +50,9 @@ def generate(
     profile: Annotated[str, typer.Option(help="csist-100k, interior, field, scene or clutter.")],
     count: Annotated[int, typer.Option(min=1, help="Patches; for a scene, frames.")],
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same data.")] = 0,
+    backgrounds: Annotated[
+        str | None, typer.Option(help="Of clutter, with commas: clouds,sea,…; without, all.")
+    ] = None,
 ) -> None:
     """Draw a dataset of patches, or a recording of a scene, with its truth.
 
@@ -58,7 +61,7 @@ def generate(
     from trainer import generate as drawing
 
     with _progress(f"{profile}, seed {seed}", count) as show:
-        drawing.generate(profile, count, seed, out, show)
+        drawing.generate(profile, count, seed, out, show, yolo_commands.names(backgrounds))
     print(f"wrote {out}")
     if profile == drawing.SCENE:
         print(f"wrote {drawing.bad_pixels_path(out)}")

@@ -1,6 +1,7 @@
 """Datasets of patches and recordings of scenes, drawn from a seed; needs no torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -10,6 +11,7 @@ from pipeline.formats.csist import write_csist
 from pipeline.formats.recording import RecordingWriter
 from pipeline.physics.groups import PROFILES
 from pipeline.physics.scene import Scene, SceneSettings
+from trainer.clutter import KINDS
 from trainer.errors import TrainerError
 from trainer.yolo.scenes import SceneDraw, draw_frame
 
@@ -25,16 +27,28 @@ def available_profiles() -> list[str]:
 
 
 def generate(
-    profile: str, count: int, seed: int, out: Path, progress: Callable[[int], None]
+    profile: str,
+    count: int,
+    seed: int,
+    out: Path,
+    progress: Callable[[int], None],
+    backgrounds: Sequence[str] | None = None,
 ) -> None:
     """Write `count` patches of a profile, or frames of a scene, to the zarr group `out`.
 
-    progress: called with the number written. Raises TrainerError or PipelineError.
+    progress: called with the number written. backgrounds: of clutter, by default all. Raises
+    TrainerError or PipelineError.
     """
+    if backgrounds is not None and profile != CLUTTER:
+        raise TrainerError(f"--backgrounds: are for --profile {CLUTTER}")
+    for kind in backgrounds or ():
+        if kind not in KINDS:
+            raise TrainerError(f"--backgrounds: no `{kind}`; use {', '.join(KINDS)}")
     if profile == SCENE:
         write_scene(out, count, seed, progress)
     elif profile == CLUTTER:
-        write_clutter(out, count, seed, progress)
+        draw = replace(CLUTTER_DRAW, kinds=tuple(backgrounds)) if backgrounds else CLUTTER_DRAW
+        write_clutter(out, count, seed, progress, draw)
     elif profile in PROFILES:
         write_csist(out, PROFILES[profile], count, seed, progress)
     else:
@@ -64,7 +78,7 @@ def write_clutter(
     frames: int,
     seed: int,
     progress: Callable[[int], None],
-    draw: SceneDraw = CLUTTER_DRAW,
+    draw: SceneDraw,
 ) -> None:
     """Record frames of point targets over clutter with their truth, no two of one scene."""
     with RecordingWriter(out, (draw.height, draw.width), draw.sensor) as writer:

@@ -13,8 +13,9 @@ NAME = "yolo"
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+def names(text: str | None) -> tuple[str, ...] | None:
+    """Of a list with commas; None if nothing was given."""
+    return tuple(name.strip() for name in text.split(",") if name.strip()) if text else None
 
 
 def import_detector(
@@ -42,7 +43,7 @@ def import_detector(
     from trainer.yolo.imported import import_detector as bring_in
 
     fields = {
-        "point_sources": _names(point_sources),
+        "point_sources": names(point_sources) or (),
         "box": box,
         "stretch": stretch,
         "resize": resize,
@@ -50,7 +51,7 @@ def import_detector(
         "min_score": min_score,
     }
     try:
-        manifest = bring_in(model, out, _names(classes), calibrate, **fields)
+        manifest = bring_in(model, out, names(classes) or (), calibrate, **fields)
     except ValidationError as error:
         raise TrainerError(f"import-detector: {first_fault(error)}") from error
     worth = "believed" if manifest.ece is None else f"calibration error {manifest.ece:.3f}"
