@@ -45,7 +45,7 @@ class DetectorManifest(EngineManifest):
     )
     min_score: float = Field(0.1, gt=0.0, lt=1.0, description="boxes below are not looked at")
     overlap: float = Field(0.5, gt=0.0, lt=1.0, description="IoU above which the weaker goes")
-    max_objects: int = Field(100, ge=1, le=1000, description="of a frame, the best")
+    max_objects: int = Field(300, ge=1, le=1000, description="of a frame, the best")
     margin_px: float = Field(0.0, ge=0.0, description="of a box round its target, frame pixels")
     centre_sigma_px: float = Field(
         1.0, gt=0.0, description="error of a box's middle along an axis, frame pixels"
