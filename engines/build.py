@@ -71,7 +71,8 @@ class Build(_Facts):
     compute_capability: str | None = Field(None, pattern=r"^\d+\.\d+$")
     driver: str | None = None
     batch: Batch
-    threads: int | None = Field(None, ge=1, description="None = all cores")
+    threads: int | None = Field(None, ge=1, description="of a CPU in all; None = all cores")
+    streams: int = Field(1, ge=1, le=2, description="batches computed side by side")
     optimisation_level: int | None = Field(None, ge=0, le=5)
     timing_cache_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     parity: Parity | None = Field(None, description="None: it could not be run where it was built")

@@ -300,7 +300,7 @@ def test_an_engine_that_does_not_exist(command, scene_recording):
         (lambda folder: (folder / "e.onnx").unlink(), "missing"),
         (lambda folder: (folder / "e.onnx").write_bytes(b"half"), "truncated"),
         (lambda folder: change(folder, c=4), "c must be odd"),
-        (lambda folder: change(folder, c=5), "c 5"),
+        (lambda folder: change(folder, c=5), "gives maps"),
         (lambda folder: change(folder, sensor={"sigma_px": 1.5}), "sigma_px"),
         (lambda folder: (folder / "e.json").write_text("{"), "e.json"),
     ],

@@ -1,6 +1,5 @@
 """The benchmark: every system of the literature on the same held-out images, by one metric."""
 
-import platform
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,8 @@ from trainer.evaluate import Method, Progress, figures, true_maps, unmix
 from trainer.metrics import cso_map, cso_map_difference_interval
 from trainer.network import UnmixingNetwork
 from trainer.reading import Detections, Reading, detections, read_maps
-from trainer.trained import BATCH, WEIGHTS, TrainedNetwork, load_solver, load_weights
+from trainer.targets import cpu_name
+from trainer.trained import BATCH, WEIGHTS, TrainedNetwork, load_untrained, load_weights
 
 COUNTED_PATCHES = 4
 """Patches whose multiply-adds are counted; only a solver's differ from patch to patch."""
@@ -59,7 +59,7 @@ class System:
     def load(self) -> TrainedNetwork:
         """The network in torch float32; raises TrainerError if it cannot be loaded."""
         if self.solver is not None:
-            return load_solver(self.solver, self.settings)
+            return load_untrained(self.solver, self.settings)
         return load_weights(WEIGHTS / f"{self.weights}.pt")
 
 
@@ -230,14 +230,4 @@ def _counted_on(progress: Progress, before: int) -> Progress:
 
 def _machine() -> str:
     threads = torch.get_num_threads()
-    return f"{_processor()}, {threads} threads, torch {torch.__version__}, float32, batch {BATCH}"
-
-
-def _processor() -> str:
-    """The processor's name where Linux tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return f"{cpu_name()}, {threads} threads, torch {torch.__version__}, float32, batch {BATCH}"

@@ -351,6 +351,53 @@ def compile_engine(
     print(f"wrote {(out or model.parent) / chosen.name}.json and its model")
 
 
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path(
+        "out/bench"
+    ),
+    engine: Annotated[
+        list[str] | None, typer.Option(help="A shipped engine; may be repeated.")
+    ] = None,
+    network: Annotated[
+        list[str] | None,
+        typer.Option(help="A file of trainer/networks at its full size; may be repeated."),
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=4096, help="Patches at a time; may be repeated."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Of each measurement.")] = 1.0,
+) -> None:
+    """Patches/s and latency on each backend and precision here, beside plain PyTorch.
+
+    Without --engine and --network: DISTA-Net at full size and the default engine.
+    """
+    _need_torch()
+    from tempfile import TemporaryDirectory
+
+    from trainer import bench as measuring
+    from trainer.bench_report import report
+
+    _make_folder(out)
+    console = Console(stderr=True)
+    engines, networks = engine or [], network or []
+    if not engines and not networks:
+        engines, networks = ["off_grid_any"], ["dista_net"]
+    with TemporaryDirectory(prefix="irst-") as folder:
+        subjects = [
+            *(measuring.untrained(name, Path(folder)) for name in networks),
+            *(measuring.shipped(name) for name in engines),
+        ]
+        rows = measuring.bench(
+            subjects,
+            sorted(batch or measuring.BATCHES),
+            seconds,
+            lambda line: console.print(line, highlight=False),
+        )
+    report(rows, out, Console())
+
+
 def _need_torch() -> None:
     missing = [
         name

@@ -1,20 +1,22 @@
 """`trainer compile`: a portable model becomes an engine for one target, if it is as good there.
 
-Several variants may be built (precisions, threads); each is compared with the reference on
-held-out patches and timed, and of those that are good enough the fastest is kept. An interrupted
-compilation leaves what was there before (trainer/aside.py).
+Several variants are built (precisions, streams, patches at a time) and timed. From the fastest on
+they are compared with the reference on held-out patches, and the first that is good enough is kept.
+An interrupted compilation leaves what was there before (trainer/aside.py).
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Options
-from engines.build import SUFFIX, Batch, Build, Parity, Precision, Target
+from engines.build import SUFFIX, Batch, Build, Precision, Target
+from engines.cache import cache_folder
 from engines.errors import EngineError
 from engines.loader import misfits, open_engine
 from engines.manifest import Manifest, read_manifest, sha256_of
@@ -50,33 +52,52 @@ TAKES: dict[Target, tuple[Precision, ...]] = {
 }
 
 
+TILES = (4, 8, 16)
+"""Patches at a time tried on a CPU: few keep what a layer hands to the next in its cache."""
+
+MANY = 64
+"""Patches that are timed besides one and the batch it is tuned for."""
+
+TIMED_S = 0.3
+"""For each of them, of each variant."""
+
+
 class Variant(NamedTuple):
     """One way to build."""
 
     precision: Precision
+    streams: int
+    most: int  # patches at a time
     threads: int | None
+
+    def __str__(self) -> str:
+        streams = f", {self.streams} streams" if self.streams > 1 else ""
+        return f"{self.precision}{streams}, {self.most} patches at a time"
 
 
 class Candidate(NamedTuple):
     """What came of a variant."""
 
     variant: Variant
+    path: Path  # of its manifest
     manifest: Manifest
-    wrong: list[str]  # why it is not good enough
-
-    @property
-    def parity(self) -> Parity | None:
-        """None if it could not be run here."""
-        assert self.manifest.build is not None  # noqa: S101, always so of a candidate
-        return self.manifest.build.parity
+    build: Build
+    wrong: tuple[str, ...] = ()  # why it is not good enough
 
     @property
     def p50_ms(self) -> float:
         """At the batch it is tuned for; infinite if it could not be run here."""
-        build = self.manifest.build
-        assert build is not None  # noqa: S101
-        times = [found.p50_ms for found in build.latency if found.batch == build.batch.best]
+        times = [
+            found.p50_ms for found in self.build.latency if found.batch == self.build.batch.best
+        ]
         return times[0] if times else float("inf")
+
+    def with_facts(self, **facts: Any) -> "Candidate":
+        """With what was found out about the build, in its manifest too."""
+        build = self.build.model_copy(update=facts)
+        manifest = self.manifest.model_copy(update={"build": build})
+        manifest.write(self.path)
+        return self._replace(build=build, manifest=manifest)
 
 
 class Wish(NamedTuple):
@@ -107,23 +128,43 @@ def compile_model(
     name = f"{manifest.name}.{wish.target}"
     with aside(out_dir, name) as folder:
         held = held_out(manifest, wish.patches)
-        tell(f"{len(held.patch)} held-out patches of {held.profile.name}")
-        wanted = reference(model, manifest, held)
-        tell(f"reference: {wanted.name}, CSO-mAP {wanted.cso_map:.4f}")
         candidates = []
         for place, variant in enumerate(_variants(wish)):
-            tell(f"building {_said(variant)}")
             path = folder / str(place) / f"{name}.json"
             path.parent.mkdir()
-            candidates.append(_candidate(model, manifest, variant, wish, path, held, wanted, tell))
-        good = [candidate for candidate in candidates if not candidate.wrong]
-        if not good:
-            reasons = "; ".join(f"{_said(c.variant)}: {', '.join(c.wrong)}" for c in candidates)
-            raise TrainingFailed(f"{name}: not good enough ({reasons}); nothing was written")
-        best = min(good, key=lambda candidate: candidate.p50_ms)
-        chosen = folder / str(candidates.index(best))
-        move_in([chosen / (name + suffix) for suffix in (SUFFIX[wish.target], ".json")], out_dir)
+            candidates.append(_timed(built(model, manifest, variant, wish, path, tell), held, tell))
+        tell("comparing with the reference")
+        wanted = reference(model, manifest, held)
+        tell(f"{wanted.name}: CSO-mAP {wanted.cso_map:.4f} on {len(held.patch)} patches")
+        candidates.sort(key=lambda candidate: candidate.p50_ms)
+        best = _first_good(candidates, wanted, held)
+        if best is None:
+            reasons = dict.fromkeys(
+                f"{c.variant.precision}: {'; '.join(c.wrong)}" for c in candidates
+            )
+            raise TrainingFailed(
+                f"{name}: not good enough ({', '.join(reasons)}); nothing was written"
+            )
+        files = [best.path.with_suffix(suffix) for suffix in (SUFFIX[wish.target], ".json")]
+        move_in(files, out_dir)
     return best.manifest, candidates
+
+
+def _first_good(candidates: list[Candidate], wanted: Reference, held: HeldOut) -> Candidate | None:
+    """The first of them that is as good as the reference; what was found of each is put in.
+
+    One that fails speaks for all of its precision: their maps are the same.
+    """
+    failed: dict[Precision, tuple[str, ...]] = {}
+    for place, candidate in enumerate(candidates):
+        precision = candidate.variant.precision
+        if precision not in failed:
+            compared = candidates[place] = _compared(candidate, wanted, held)
+            if not compared.wrong:
+                return compared
+            failed[precision] = compared.wrong
+        candidates[place] = candidates[place]._replace(wrong=failed[precision])
+    return None
 
 
 def _portable(model: Path) -> Manifest:
@@ -140,26 +181,55 @@ def _portable(model: Path) -> Manifest:
     return manifest
 
 
-def _variants(wish: Wish) -> Sequence[Variant]:
+def _variants(wish: Wish) -> list[Variant]:
     precisions = (wish.precision,) if wish.precision else CHOICES[wish.target]
-    threads: tuple[int | None, ...] = (wish.threads,)
-    if wish.threads is None and wish.target == "openvino" and (os.cpu_count() or 1) > 1:
-        threads = (None, 1)
-    return [Variant(precision, count) for precision in precisions for count in threads]
+    streams, sizes = [1], [wish.max_batch]
+    if wish.target == "openvino":
+        streams = [1, 2] if (wish.threads or os.cpu_count() or 1) > 1 else [1]
+        sizes = [size for size in TILES if size < wish.max_batch] + [wish.max_batch]
+    return [Variant(*each, wish.threads) for each in product(precisions, streams, sizes)]
 
 
-def _candidate(
+def _timed(candidate: Candidate, held: HeldOut, tell: Callable[[str], None]) -> Candidate:
+    """With its latency, if it can be run here."""
+    if unfit := misfits(candidate.build):
+        tell(f"cannot be run here: {unfit[0]}")
+        # A machine without the device may build for it; what it does there is not known yet.
+        builds_blind = candidate.build.target.startswith("tensorrt")
+        return candidate._replace(wrong=() if builds_blind else tuple(unfit))
+    batch = candidate.build.batch
+    with open_engine(candidate.path, options=_told(held)) as engine:
+        sizes = sorted({1, batch.best, MANY})
+        return candidate.with_facts(
+            latency=tuple(timed(engine, size, held.patch, TIMED_S) for size in sizes)
+        )
+
+
+def _compared(candidate: Candidate, wanted: Reference, held: HeldOut) -> Candidate:
+    """With its parity, and what is wrong with it, if it can be run here."""
+    if not candidate.build.latency:
+        return candidate
+    with open_engine(candidate.path, options=_told(held)) as engine:
+        found = parity(engine, wanted, held)
+    wrong = tuple(faults(found, candidate.build.precision))
+    return candidate.with_facts(parity=found)._replace(wrong=wrong)
+
+
+def _told(held: HeldOut) -> Options:
+    return Options(sigma_px=held.profile.sensor.sigma_px)
+
+
+def built(
     model: Path,
     manifest: Manifest,
     variant: Variant,
     wish: Wish,
     path: Path,
-    held: HeldOut,
-    wanted: Reference,
     tell: Callable[[str], None],
 ) -> Candidate:
-    """Build a variant beside `path`, its manifest, compare it and time it."""
-    batch = Batch(best=min(wish.batch, wish.max_batch), most=wish.max_batch)
+    """Write a model file and its manifest, NAME.TARGET.json, neither timed nor compared yet."""
+    tell(f"building {variant}")
+    batch = Batch(best=wish.batch, most=max(variant.most, wish.batch))
     file = path.with_suffix(SUFFIX[wish.target])
     facts = _build(model, manifest, variant, wish, batch, file, tell)
     build = Build(
@@ -168,26 +238,14 @@ def _candidate(
         precision=variant.precision,
         batch=batch,
         threads=variant.threads,
+        streams=variant.streams,
         **facts._asdict(),
     )
     made = manifest.model_copy(
-        update={"name": path.stem, "max_batch": wish.max_batch, "build": build}
+        update={"name": path.stem, "max_batch": variant.most, "build": build}
     )
     made.write(path)
-    if unfit := misfits(build):
-        # A machine without the device may build for it; what it does there is not known yet.
-        wrong = [] if wish.target.startswith("tensorrt") else unfit
-        tell(f"cannot be run here: {unfit[0]}")
-        return Candidate(variant, made, wrong)
-    told = Options(sigma_px=held.profile.sensor.sigma_px)
-    with open_engine(path, options=told) as engine:
-        found = parity(engine, wanted, held)
-        times = tuple(timed(engine, size, held.patch) for size in sorted({1, *_sizes(batch)}))
-    made = made.model_copy(
-        update={"build": build.model_copy(update={"parity": found, "latency": times})}
-    )
-    made.write(path)
-    return Candidate(variant, made, faults(found, variant.precision))
+    return Candidate(variant, path, made, build)
 
 
 def _build(
@@ -223,6 +281,7 @@ def _build(
         batch,
         library="tensorrt" if wish.target == "tensorrt" else "tensorrt_rtx",
         optimisation_level=wish.optimisation_level,
+        cache=cache_folder(wish.target),
         progress=tell,
     )
 
@@ -246,12 +305,3 @@ def _inputs(manifest: Manifest) -> dict[str, NDArray[np.float32]]:
     patch = calibration_patches(manifest)
     told = {"sigma_px": np.array([manifest.sigma_px], np.float32)}
     return {"patch": patch} | {name: told[name] for name in manifest.conditions}
-
-
-def _sizes(batch: Batch) -> tuple[int, int]:
-    return batch.best, batch.most
-
-
-def _said(variant: Variant) -> str:
-    threads = "" if variant.threads is None else f", {variant.threads} thread"
-    return variant.precision + threads

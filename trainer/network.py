@@ -26,7 +26,10 @@ class UnmixingNetwork(nn.Module):
     """False: a solver, which has no weights."""
 
     def as_engine(self) -> nn.Module:
-        """What an engine runs: it takes the planes other than σ, and `conditions`, each (1,)."""
+        """The same function as an engine computes it fastest.
+
+        It takes the planes other than σ, and `conditions`, each (1,).
+        """
         return self
 
     def truth(self, xy_px: Tensor, intensity: Tensor) -> Tensor:

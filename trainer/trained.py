@@ -32,26 +32,34 @@ BATCH = 64
 
 
 class TrainedNetwork(Engine):
-    """The network itself, in torch float32 on the CPU: the reference for every backend.
+    """The network itself, in plain torch float32: the reference for every backend.
 
     sigma_px: of the sensor, told to a network that asks for it; without, the network's own.
     """
 
     def __init__(
-        self, manifest: Manifest, network: UnmixingNetwork, sigma_px: float | None = None
+        self,
+        manifest: Manifest,
+        network: UnmixingNetwork,
+        sigma_px: float | None = None,
+        *,
+        device: str = "cpu",
+        max_batch: int = BATCH,
     ) -> None:
-        super().__init__(manifest.model_copy(update={"max_batch": BATCH}))
-        self.network = network.eval()
-        told = {"sigma_px": sigma_px or manifest.sigma_px}
-        self._told = [torch.tensor([told[name]]) for name in network.conditions]
+        super().__init__(manifest.model_copy(update={"max_batch": max_batch}))
+        self.network, self._device = network.eval().to(device), device
+        self._sigma_px = sigma_px or manifest.sigma_px
         self._maps: dict[int, Tensor] = {}
 
     def _begin(self, slot: int, patch_BHW: Patches) -> None:
+        patch = torch.from_numpy(patch_BHW).to(self._device)
+        if "sigma" in self.network.planes:
+            patch = torch.cat([patch, torch.full_like(patch[:, :1], self._sigma_px)], dim=1)
         with torch.no_grad():
-            self._maps[slot] = self.network.as_engine()(torch.from_numpy(patch_BHW), *self._told)
+            self._maps[slot] = self.network(patch)
 
     def _finish(self, slot: int, map_BHW: Maps) -> None:
-        map_BHW[...] = self._maps.pop(slot).numpy()
+        map_BHW[...] = self._maps.pop(slot).cpu().numpy()
 
     def close(self) -> None:
         """Nothing is held that needs releasing."""
@@ -66,7 +74,7 @@ def load_trained(
     network or for another sensor.
     """
     if not registry.network_class(network).trained and weights is None:
-        return load_solver(network, {})
+        return load_untrained(network, {})
     paths = [weights] if weights is not None else sorted(shipped.glob("*.pt"))
     read = {str(path): read_weights(path) for path in paths}
     own = {place: found for place, found in read.items() if found[0].network == network}
@@ -90,8 +98,8 @@ def load_weights(path: Path, sigma_px: float | None = None) -> TrainedNetwork:
     return TrainedNetwork(manifest, network, sigma_px)
 
 
-def load_solver(name: str, settings: dict[str, Any]) -> TrainedNetwork:
-    """A network without weights, for sensors of its σ; no training facts in its manifest."""
+def load_untrained(name: str, settings: dict[str, Any]) -> TrainedNetwork:
+    """A network as it begins, or a solver; for sensors of its σ, no training facts to tell."""
     network = registry.build(name, settings)
     config = network.config
     manifest = Manifest(

@@ -77,6 +77,7 @@ def _properties(build: Build | None, options: Options) -> dict[str, Any]:
         # What is not quantised in an int8 model is computed in f32.
         "INFERENCE_PRECISION_HINT": "f32" if precision == "int8" else precision,
         "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": build.streams if build else 1,
     }
     if threads is not None:
         properties["INFERENCE_NUM_THREADS"] = threads

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.physics.grid import cell_centres_px
+from pipeline.physics.psf import pixel_response
 from trainer.unfolding import Stage, UnfoldedNetwork, conv3, soft
 
 
@@ -32,6 +34,12 @@ class DistaNet(UnfoldedNetwork):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, (_Stage(config) for _ in range(config.stages)))
+
+    def as_engine(self) -> nn.Module:
+        """With fewer and cheaper operations; an ablation stays as it is."""
+        if self.config.dynamic_transform and self.config.dynamic_threshold:
+            return _Rewritten(self)
+        return self
 
 
 class _Stage(Stage):
@@ -65,18 +73,11 @@ class _DynamicBranch(nn.Module):
 
     def __init__(self, config: DistaNet.Config) -> None:
         super().__init__()
-        self.side = config.c * config.size_px
-        self.kernel_in = nn.Linear(self.side**2, config.hidden)
+        self.kernel_in = nn.Linear((config.c * config.size_px) ** 2, config.hidden)
         self.kernel_out = nn.Linear(config.hidden, 9)
 
     def forward(self, s_BL: Tensor, r: Tensor) -> Tensor:
-        kernel = self.kernel_out(self.kernel_in(s_BL))  # (B, 9)
-        padded = F.pad(r, (1, 1, 1, 1))
-        side = self.side
-        shifted = torch.cat(
-            [padded[:, :, i : i + side, j : j + side] for i in range(3) for j in range(3)], dim=1
-        )
-        return torch.sigmoid((kernel[:, :, None, None] * shifted).sum(dim=1, keepdim=True))
+        return torch.sigmoid(_filtered(r, self.kernel_out(self.kernel_in(s_BL))))
 
 
 class _DynamicThreshold(nn.Module):
@@ -109,6 +110,83 @@ class _FixedThreshold(nn.Module):
 
     def forward(self, _features: Tensor) -> Tensor:
         return self.value
+
+
+class _Rewritten(nn.Module):
+    """DISTA-Net with the same result from fewer operations, for engines.
+
+    - Φ is separable, so ΦᵀΦ s is G S G with G of cn × cn, and Φᵀ z is needed once.
+    - The two layers that make the dynamic kernel have nothing between them: they are one.
+    - 0.7 goes into the weights before it.
+    - Soft threshold at θ = k v: v·max(1 − k, 0) for v > 0, v·max(1 + k, 0) below; no sign, no |v|.
+    - Mean and maximum over both fields come from those of each: they need not be joined first.
+    """
+
+    def __init__(self, network: DistaNet) -> None:
+        super().__init__()
+        config = network.config
+        self.side = network.side
+        response = pixel_response(cell_centres_px(config.size_px, config.c), config.size_px,
+                                  config.sigma_px)  # fmt: skip
+        across = torch.tensor(response)  # (cn, n)
+        self.register_buffer("across", across.float())
+        self.register_buffer("gram", (across @ across.T).float())
+        self.register_buffer("initial", network.get_buffer("initial"))
+        self.stages = nn.ModuleList(_RewrittenStage(stage) for stage in network.unfolded)
+
+    def forward(self, patch: Tensor) -> Tensor:
+        """Map of intensities (B, cn, cn)."""
+        side = self.side
+        s = (patch.flatten(1) @ self.get_buffer("initial").T).reshape(-1, side, side)
+        across, gram = self.get_buffer("across"), self.get_buffer("gram")
+        back = across @ patch @ across.T
+        for stage in self.stages:
+            s = stage(s, gram @ s @ gram - back)
+        return s
+
+
+class _RewrittenStage(nn.Module):
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(stage, _Stage)  # noqa: S101, for the type checker
+        dynamic, threshold = stage.dynamic, stage.threshold
+        assert dynamic is not None and isinstance(threshold, _DynamicThreshold)  # noqa: S101
+        self.stage, self.threshold = stage, threshold
+        self.register_buffer("step_size", stage.step_size.detach())
+        inner, outer = dynamic.kernel_in, dynamic.kernel_out
+        self.register_buffer("weight", (outer.weight @ inner.weight).detach())  # (9, L)
+        self.register_buffer("bias", (outer.weight @ inner.bias + outer.bias).detach())
+        self.register_buffer("main_out", 0.7 * stage.main_out.weight.detach())
+
+    def forward(self, s: Tensor, gradient: Tensor) -> Tensor:
+        r = (s - self.get_buffer("step_size") * gradient)[:, None]  # (B, 1, cn, cn)
+        kernel = F.linear(s.flatten(1), self.get_buffer("weight"), self.get_buffer("bias"))
+        features = F.relu(self.stage.main_in(r))
+        features = F.conv2d(features, self.get_buffer("main_out"), padding=1)
+        features = features + 0.3 * torch.sigmoid(_filtered(r, kernel))
+        k = self._threshold(features)
+        kept = F.relu(features) * F.relu(1.0 - k) - F.relu(-features) * F.relu(1.0 + k)
+        return self.stage.inverse_out(F.relu(self.stage.inverse_in(kept)))[:, 0]
+
+    def _threshold(self, features: Tensor) -> Tensor:
+        """θ relative to each feature's value, see `_DynamicThreshold`."""
+        layers = self.threshold
+        near = layers.near(features)
+        far = layers.far(layers.depthwise(features))
+        mean = 0.5 * (near.mean(dim=1, keepdim=True) + far.mean(dim=1, keepdim=True))
+        most = torch.maximum(near.amax(dim=1, keepdim=True), far.amax(dim=1, keepdim=True))
+        masks = torch.sigmoid(layers.masks(torch.cat([mean, most], dim=1)))
+        return layers.out(masks[:, :1] * near + masks[:, 1:] * far)
+
+
+def _filtered(r: Tensor, kernel: Tensor) -> Tensor:
+    """Each sample's r (B, 1, cn, cn) through its own 3 × 3 kernel (B, 9)."""
+    side = r.shape[-1]
+    padded = F.pad(r, (1, 1, 1, 1))
+    shifted = torch.cat(
+        [padded[:, :, i : i + side, j : j + side] for i in range(3) for j in range(3)], dim=1
+    )
+    return (kernel[:, :, None, None] * shifted).sum(dim=1, keepdim=True)
 
 
 Network = DistaNet

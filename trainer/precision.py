@@ -1,0 +1,250 @@
+"""Precision put into an ONNX graph, for libraries that compute as the graph says.
+
+Half precision: inputs and outputs stay float32, what computes is cast, and what half precision
+would harm stays float32. INT8: QuantizeLinear and DequantizeLinear round to eight bits, with the
+ranges seen on calibration patches.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnx.version_converter
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from trainer.errors import TrainerError
+
+HALF = {"f16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+
+EXACT = frozenset(
+    "BatchNormalization Clip Div Erf Exp InstanceNormalization LayerNormalization Log "  # noqa: SIM905
+    "LogSoftmax Pow Reciprocal ReduceL2 ReduceLogSumExp ReduceMean ReduceProd ReduceSum "
+    "ReduceSumSquare Softmax Softplus Sqrt Equal Greater GreaterOrEqual Less LessOrEqual".split()
+)
+"""Stay float32: sums of many, what half precision overflows or underflows in, and comparisons."""
+
+MOVES = frozenset(
+    "Concat Expand Flatten Gather Identity Pad Reshape Slice Split Squeeze "  # noqa: SIM905
+    "Tile Transpose Unsqueeze".split()
+)
+"""Only move numbers: stay float32 where what they move is."""
+
+FIXED_INPUTS = {"Resize": (1, 2)}
+"""Inputs that ONNX wants in float32, by operator."""
+
+OPSET = {"f16": 20, "bf16": 22}
+"""At least: before 22 a convolution in bfloat16 is not ONNX."""
+
+QUANTIZED = ("Conv", "ConvTranspose")
+"""Operators computed in INT8: where the time goes."""
+
+KEPT_FIRST, KEPT_LAST = 1, 2
+"""So many at the ends stay as they are: on the shipped networks this halves the error."""
+
+CALIBRATION_BATCH = 64
+
+
+def read_model(path: Path) -> ModelProto:
+    """An ONNX model, simplified; raises TrainerError if it is none."""
+    try:
+        model = onnx.load(path)
+    except Exception as error:
+        raise TrainerError(f"{path}: not an ONNX model ({error}); export it again") from error
+    return simplified(model)
+
+
+def simplified(model: ModelProto) -> ModelProto:
+    """The same network with constants folded and nodes without effect removed, checked."""
+    import onnxslim
+
+    slim = onnxslim.slim(_copy(model))
+    onnx.checker.check_model(slim, full_check=True)
+    return slim
+
+
+def with_precision(model: ModelProto, precision: Literal["f16", "bf16"]) -> ModelProto:
+    """The same network computing in half precision.
+
+    Raises TrainerError for a weight that float16 cannot hold.
+    """
+    halved = _Halved(model, HALF[precision], precision).model
+    onnx.checker.check_model(halved, full_check=True)
+    return halved
+
+
+class _Halved:
+    """One conversion: each float tensor has the type it is made in, and the other on demand."""
+
+    def __init__(self, model: ModelProto, half: int, precision: str) -> None:
+        self.model, self._half, self._precision = (
+            _at_least(model, OPSET[precision]),
+            half,
+            precision,
+        )
+        graph = self.model.graph
+        self._float = _float_tensors(self.model)
+        self._weights = {tensor.name: tensor for tensor in graph.initializer}
+        self._made_half: set[str] = set()
+        self._cast: dict[tuple[str, int], str] = {}
+        self._nodes: list[NodeProto] = []
+        for node in list(graph.node):
+            self._convert(node)
+        for output in graph.output:
+            self._restore(output.name)
+        del graph.node[:]
+        graph.node.extend(self._nodes)
+        used = {name for node in self._nodes for name in node.input}
+        kept = [tensor for tensor in self._weights.values() if tensor.name in used]
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+        del graph.value_info[:]
+
+    def _convert(self, node: NodeProto) -> None:
+        into = TensorProto.FLOAT if self._stays(node) else self._half
+        fixed = FIXED_INPUTS.get(node.op_type, ())
+        if node.op_type != "Cast":
+            for place, name in enumerate(node.input):
+                if name in self._float:
+                    wanted = TensorProto.FLOAT if place in fixed else into
+                    node.input[place] = self._as(name, wanted)
+        if into == self._half:
+            self._made_half.update(name for name in node.output if name in self._float)
+            for attribute in node.attribute:
+                self._halve(node, attribute)
+        self._nodes.append(node)
+
+    def _stays(self, node: NodeProto) -> bool:
+        if node.op_type in EXACT:
+            return True
+        moved = [name for name in node.input if name in self._float and name not in self._weights]
+        return node.op_type in MOVES and not self._made_half.intersection(moved)
+
+    def _halve(self, node: NodeProto, attribute: onnx.AttributeProto) -> None:
+        """Constants inside a node, and what a Cast casts to."""
+        if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+            attribute.i = self._half
+        elif attribute.t.data_type == TensorProto.FLOAT:
+            attribute.t.CopyFrom(self._halved(attribute.t, attribute.t.name))
+
+    def _as(self, name: str, wanted: int) -> str:
+        """The name of this tensor in the wanted type; cast once, however many want it."""
+        made = self._half if name in self._made_half else TensorProto.FLOAT
+        if made == wanted:
+            return name
+        if (name, wanted) not in self._cast:
+            told = self._precision if wanted == self._half else "f32"
+            other = f"{name}.{told}"
+            self._cast[name, wanted] = other
+            if name in self._weights:
+                self._weights[other] = self._halved(self._weights[name], other)
+            else:
+                self._nodes.append(helper.make_node("Cast", [name], [other], other, to=wanted))
+        return self._cast[name, wanted]
+
+    def _halved(self, tensor: TensorProto, name: str) -> TensorProto:
+        exact = numpy_helper.to_array(tensor)
+        half = exact.astype(helper.tensor_dtype_to_np_dtype(self._half))
+        if not np.array_equal(np.isfinite(half.astype(np.float32)), np.isfinite(exact)):
+            raise TrainerError(
+                f"weight {tensor.name}: {np.abs(exact).max():.3g} is beyond {self._precision}; "
+                "use bf16 or f32"
+            )
+        return numpy_helper.from_array(half, name)
+
+    def _restore(self, name: str) -> None:
+        """A graph's output is float32 again."""
+        if name not in self._made_half:
+            return
+        half = f"{name}.{self._precision}"
+        for node in self._nodes:
+            for names in (node.input, node.output):
+                for place, found in enumerate(names):
+                    if found == name:
+                        names[place] = half
+        self._nodes.append(
+            helper.make_node("Cast", [half], [name], f"{name}.f32", to=TensorProto.FLOAT)
+        )
+
+
+def _float_tensors(model: ModelProto) -> set[str]:
+    """Names of all float32 tensors of a graph."""
+    graph = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+    typed = [*graph.input, *graph.output, *graph.value_info]
+    found = {v.name for v in typed if v.type.tensor_type.elem_type == TensorProto.FLOAT}
+    return found | {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT}
+
+
+def quantized(model: ModelProto, inputs: Mapping[str, NDArray[np.float32]]) -> ModelProto:
+    """The same network with its inner convolutions in INT8.
+
+    inputs: calibration patches (N, …), and each condition (1,), by name of the input. Symmetric,
+    so that zero is exact and TensorRT takes it; weights have a scale for each channel. Raises
+    TrainerError for a network without convolutions between its ends.
+    """
+    named = [node.name for node in model.graph.node if node.op_type in QUANTIZED]
+    inner = named[KEPT_FIRST:-KEPT_LAST]
+    if not inner:
+        raise TrainerError(
+            f"int8: the network has {len(named)} convolutions, and the first and the last "
+            f"{KEPT_LAST} stay as they are; use f16"
+        )
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with tempfile.TemporaryDirectory() as folder:
+        plain, ready, made = (Path(folder) / name for name in ("plain", "ready", "made"))
+        onnx.save(model, plain)
+        quant_pre_process(plain, ready, skip_symbolic_shape=True, skip_optimization=True)
+        quantize_static(
+            ready,
+            made,
+            _Calibration(inputs),
+            quant_format=QuantFormat.QDQ,
+            nodes_to_quantize=inner,
+            per_channel=True,
+            activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8,
+            extra_options={
+                "ActivationSymmetric": True,
+                "WeightSymmetric": True,
+                "QuantizeBias": False,
+            },
+        )
+        result = onnx.load(made)
+    onnx.checker.check_model(result, full_check=True)
+    return result
+
+
+class _Calibration:
+    """Calibration patches in batches, as onnxruntime asks for them."""
+
+    def __init__(self, inputs: Mapping[str, NDArray[np.float32]]) -> None:
+        number = len(inputs["patch"])
+        self._batches: Iterator[dict[str, Any]] = iter(
+            {
+                name: values[start : start + CALIBRATION_BATCH] if name == "patch" else values
+                for name, values in inputs.items()
+            }
+            for start in range(0, number, CALIBRATION_BATCH)
+        )
+
+    def get_next(self) -> dict[str, Any] | None:
+        """The next batch, None at the end."""
+        return next(self._batches, None)
+
+
+def _at_least(model: ModelProto, opset: int) -> ModelProto:
+    (has,) = (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if has >= opset:
+        return _copy(model)
+    return onnx.version_converter.convert_version(model, opset)
+
+
+def _copy(model: ModelProto) -> ModelProto:
+    copied = ModelProto()
+    copied.CopyFrom(model)
+    return copied
