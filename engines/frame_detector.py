@@ -44,11 +44,7 @@ class FrameDetector:
         Raises ValueError if the network's answer is not finite.
         """
         manifest = self.manifest
-        image_HW = stretched(frame_HW, manifest.stretch, self._full_scale)
-        if manifest.resize:
-            tiles, scale, origins = _letterbox(image_HW, manifest)
-        else:
-            tiles, scale, origins = _tiles(image_HW, manifest)
+        tiles, scale, origins = self._placed(frame_HW)
         output = self._engine.infer(tiles)
         if not np.isfinite(output).all():
             raise ValueError("the detector's answer is not finite; its engine is broken")
@@ -64,6 +60,15 @@ class FrameDetector:
         high = np.tile(frame_HW.shape[::-1], 2) - 0.5
         kept.box_px[:] = np.clip(kept.box_px, -0.5, high)
         return kept
+
+    def inputs(self, frame_HW: NDArray[Any]) -> Image:
+        """What the network is given of a frame (B, C, H, W)."""
+        return self._placed(frame_HW)[0]
+
+    def _placed(self, frame_HW: NDArray[Any]) -> tuple[Image, float, list[NDArray[np.float64]]]:
+        image_HW = stretched(frame_HW, self.manifest.stretch, self._full_scale)
+        place = _letterbox if self.manifest.resize else _tiles
+        return place(image_HW, self.manifest)
 
     def close(self) -> None:
         """Release the engine."""

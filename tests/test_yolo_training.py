@@ -164,6 +164,21 @@ def test_what_cannot_be_imported_is_named(command, tmp_path):
     assert_one_line_error(result, "none.onnx: not a readable ONNX model")
 
 
+def test_compile_builds_a_detector_for_this_machine(command, tmp_path):
+    model = write_tiny_yolo(tmp_path)
+    words = ["trainer", "compile", model, "--target", "openvino", "--precision", "f32"]
+    result = command(*words)
+    assert result.returncode == 0, result.stderr
+    with load_detector(str(tmp_path / "tiny.openvino.json")) as engine:
+        build = engine.manifest.build
+        assert (build.target, build.precision) == ("openvino", "f32")
+        assert build.parity.error == 0.0
+        assert build.latency[0].p50_ms > 0.0
+    assert_one_line_error(command(*words[:4], "torch"), "--target torch", "openvino")
+    again = command(*words[:2], tmp_path / "tiny.openvino.onnx", *words[3:])
+    assert_one_line_error(again, "is built already")
+
+
 SMALL = {"settings": {"width": 4}, "height": 64, "width": 64, "batch": 2, "save_every": 2}
 
 

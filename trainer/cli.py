@@ -341,9 +341,14 @@ def compile_engine(
     _need_torch()
     from trainer.compile import Wish, compile_model
     from trainer.compile_report import print_candidates
+    from trainer.yolo.compiled import compile_detector, is_detector
 
     wish = Wish(target, precision, threads, min(batch, max_batch), max_batch, optimisation_level)
     console = Console(stderr=True)
+    if is_detector(model):
+        made = compile_detector(model, wish, out or model.parent, console.print)
+        print(f"wrote {(out or model.parent) / made.name}.json and its model")
+        return
     chosen, candidates = compile_model(
         model, wish, out or model.parent, lambda line: console.print(line, highlight=False)
     )
