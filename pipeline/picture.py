@@ -166,6 +166,7 @@ def _overview(pixels: NDArray[Any], message: dict[str, Any]) -> Image:
         cv2.putText(image, text, (2 * x1 + 11, 2 * y0 + 2), FONT, 0.45, colour, 1, cv2.LINE_AA)
     _draw_boxes(image, message["groups"])
     text = f"frame {message['frame_seq']}: groups and their number of targets"
+    text += "; blue: the detector's boxes, p of a point source" * ("fusion" in message)
     cv2.putText(image, text, (8, 20), FONT, 0.5, WHITE, 1, cv2.LINE_AA)
     return image.astype(np.uint8)
 
