@@ -46,10 +46,10 @@ def dying(task):
     """The unmix node dies on one frame, whenever it meets it."""
     whole = Flow.process
 
-    def process(self, message, trace):
+    def process(self, message, trace, beside=None):
         if task.node.name == "unmix" and message.info.seq == FRAME:
             os.kill(os.getpid(), signal.SIGKILL)
-        return whole(self, message, trace)
+        return whole(self, message, trace, beside)
 
     Flow.process = process
     node.run_node(task)
@@ -64,10 +64,10 @@ def hanging_once(task):
     """The first unmix node stops answering, and says that it is alive no more."""
     whole = Flow.process
 
-    def process(self, message, trace):
+    def process(self, message, trace, beside=None):
         if task.node.name == "unmix" and message.info.seq == FRAME:
             time.sleep(600)
-        return whole(self, message, trace)
+        return whole(self, message, trace, beside)
 
     if task.identity.endswith(b".1"):
         Flow.process = process
@@ -104,4 +104,32 @@ def as_its_engine_is_called(task):
         return whole(self, message)
 
     Unmix.process = process
+    node.run_node(task)
+
+
+def dying_beside(task):
+    """The node beside the flow dies on one frame, whenever it meets it."""
+    whole = Flow.process
+
+    def process(self, message, trace, beside=None):
+        if task.node.beside and message.info.seq == FRAME:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(self, message, trace, beside)
+
+    Flow.process = process
+    node.run_node(task)
+
+
+def failing_beside(task):
+    """The detector raises on one frame."""
+    from pipeline.stages.recognise import Recognise
+
+    whole = Recognise.process
+
+    def process(self, message):
+        if message.info.seq == FRAME:
+            raise ValueError("no idea")
+        return whole(self, message)
+
+    Recognise.process = process
     node.run_node(task)

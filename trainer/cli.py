@@ -17,6 +17,7 @@ from pipeline.command import run_app
 from trainer import clutter_commands
 from trainer.errors import TrainerError
 from trainer.fit_config import BENCHMARK_SEED
+from trainer.yolo import commands as yolo_commands
 
 app = typer.Typer(
     help="Make the engines the pipeline runs: draw data, train, evaluate, export.",
@@ -26,12 +27,14 @@ app = typer.Typer(
 )
 
 NetworkArgument = Annotated[
-    str, typer.Argument(metavar="NETWORK", help="A file of trainer/networks.")
+    str,
+    typer.Argument(metavar="NETWORK", help="A file of trainer/networks; yolo: of whole frames."),
 ]
 
 
 app.command()(clutter_commands.draw_clutter)
 app.command()(clutter_commands.fit_discriminant)
+app.command()(yolo_commands.import_detector)
 
 
 def main() -> None:
@@ -44,9 +47,12 @@ def generate(
     out: Annotated[
         Path, typer.Argument(metavar="OUT.zarr", help="Zarr group to write; must not exist.")
     ],
-    profile: Annotated[str, typer.Option(help="csist-100k, interior, field, or scene.")],
+    profile: Annotated[str, typer.Option(help="csist-100k, interior, field, scene or clutter.")],
     count: Annotated[int, typer.Option(min=1, help="Patches; for a scene, frames.")],
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same data.")] = 0,
+    backgrounds: Annotated[
+        str | None, typer.Option(help="Of clutter, with commas: clouds,sea,…; without, all.")
+    ] = None,
 ) -> None:
     """Draw a dataset of patches, or a recording of a scene, with its truth.
 
@@ -55,7 +61,7 @@ def generate(
     from trainer import generate as drawing
 
     with _progress(f"{profile}, seed {seed}", count) as show:
-        drawing.generate(profile, count, seed, out, show)
+        drawing.generate(profile, count, seed, out, show, yolo_commands.names(backgrounds))
     print(f"wrote {out}")
     if profile == drawing.SCENE:
         print(f"wrote {drawing.bad_pixels_path(out)}")
@@ -150,6 +156,11 @@ def fit(
     from trainer.fit_config import read_fit_config
 
     folder = out or Path("runs") / network
+    if network == yolo_commands.NAME:
+        if dataset is not None or device != "cpu":
+            raise TrainerError("fit yolo: draws its frames, on the CPU; no --dataset or --device")
+        yolo_commands.fit(config, folder, samples, seed, _progress)
+        return
     with joined(device) as team:
         fixed = str(dataset) if dataset else None
         run = read_fit_config(config, network, dataset=fixed, samples=samples, seed=seed)
@@ -293,6 +304,9 @@ def export(
 
     checkpoint = (run or Path("runs") / network) / CHECKPOINT
     _make_folder(out)
+    if network == yolo_commands.NAME:
+        yolo_commands.export(checkpoint, out, name or network)
+        return
     manifest, difference = write_engine(network, checkpoint, out, name or network)
     print(
         f"wrote {out / manifest.name}.onnx, .json and .pt: {manifest.parameters} parameters, "
@@ -327,9 +341,14 @@ def compile_engine(
     _need_torch()
     from trainer.compile import Wish, compile_model
     from trainer.compile_report import print_candidates
+    from trainer.yolo.compiled import compile_detector, is_detector
 
     wish = Wish(target, precision, threads, min(batch, max_batch), max_batch, optimisation_level)
     console = Console(stderr=True)
+    if is_detector(model):
+        made = compile_detector(model, wish, out or model.parent, console.print)
+        print(f"wrote {(out or model.parent) / made.name}.json and its model")
+        return
     chosen, candidates = compile_model(
         model, wish, out or model.parent, lambda line: console.print(line, highlight=False)
     )

@@ -23,7 +23,10 @@ MAX_DEATHS = 2
 
 @dataclass(eq=False)
 class Job:
-    """A frame on its way: the parts of its latest message, and whose turn it is."""
+    """A frame on its way: the parts of its latest message, and whose turn it is.
+
+    beside: what a node beside the flow says of it, or why it says nothing; see `join`.
+    """
 
     seq: int
     t_ingest_ns: int
@@ -32,6 +35,7 @@ class Job:
     worker: bytes | None = None
     deaths: int = 0
     superseded: bool = False  # to be finished by the workers that are retired
+    beside: list[Any] | Dropped | None = None
 
 
 @dataclass
@@ -60,7 +64,7 @@ class Dispatcher:
     def __init__(self, topology: Sequence[Node], max_age_ns: int | None) -> None:
         live = max_age_ns is not None
         self._rows = [_Row(node, node.overflow if live else "block") for node in topology]
-        self._max_age_ns = max_age_ns
+        self.max_age_ns = max_age_ns
         self._jobs: dict[int, Job] = {}
         self._retired: set[bytes] = set()  # workers that are given nothing more
         self._granted = 0  # frames the front may still send
@@ -145,12 +149,12 @@ class Dispatcher:
     def assign(self) -> Iterator[tuple[bytes, Job]]:
         """Give waiting frames to workers with room for them, the idlest first."""
         for number, row in enumerate(self._rows):
-            while row.waiting and self._room_after(number):
-                workers = self._able(row, row.waiting[0])
+            while self._room_after(number) and (job := self._due(number)):
+                workers = self._able(row, job)
                 worker = min(workers, key=lambda name: len(row.workers[name]), default=b"")
                 if not workers or len(row.workers[worker]) >= HELD_BY_WORKER:
                     break
-                job = row.waiting.popleft()
+                row.waiting.remove(job)
                 job.worker = worker
                 row.workers[worker][job.seq] = job
                 yield worker, job
@@ -161,6 +165,27 @@ class Dispatcher:
         if not job.superseded:
             return current
         return [worker for worker in row.workers if worker in self._retired] or current
+
+    def _due(self, number: int) -> Job | None:
+        """The frame a row is to work on next."""
+        waiting = self._rows[number].waiting
+        return waiting[0] if waiting else None
+
+    def has_workers(self, number: int) -> bool:
+        """True if somebody can be given frames of a row."""
+        return bool(self._rows[number].workers)
+
+    def holds(self, job: Job) -> bool:
+        """True if this job is on its way here."""
+        return self._jobs.get(job.seq) is job
+
+    def knows(self, seq: int) -> bool:
+        """True if a frame of this number is on its way."""
+        return seq in self._jobs
+
+    def node_of(self, job: Job) -> str:
+        """Name of the node whose turn a job is."""
+        return self._rows[job.row].node.name
 
     def _room_after(self, number: int) -> bool:
         """True if what the row gives will find room in the next one."""
@@ -214,11 +239,11 @@ class Dispatcher:
 
     def expire(self, now_ns: int) -> None:
         """Give up what is too old to be of use, wherever it is."""
-        if self._max_age_ns is None:
+        if self.max_age_ns is None:
             return
-        oldest_ns = now_ns - self._max_age_ns
+        oldest_ns = now_ns - self.max_age_ns
         while self._jobs and (job := next(iter(self._jobs.values()))).t_ingest_ns < oldest_ns:
-            self.give_up(job, f"older than {self._max_age_ns / 1e6:g} ms")
+            self.give_up(job, f"older than {self.max_age_ns / 1e6:g} ms")
 
     def give_up_all(self, reason: str) -> None:
         """Nothing more can be done."""

@@ -82,6 +82,13 @@ class SupervisorSettings(Settings):
     max_age_ms: float = Field(
         1000.0, ge=1.0, le=1e6, description="live: what is not published in this time is dropped"
     )
+    beside_ms: float = Field(
+        100.0,
+        ge=1.0,
+        le=1e6,
+        description="live: so long after a frame came in, what a node beside the flow says of it "
+        "is waited for",
+    )
     stall_s: float = Field(
         5.0, ge=0.2, le=3600.0, description="a node that is silent so long is restarted"
     )

@@ -42,15 +42,8 @@ def check_swap(old: PipelineConfig, new: PipelineConfig) -> None:
 class Reloader:
     """Asks for another configuration, readies and tries its workers, and lets them take over."""
 
-    def __init__(
-        self,
-        children: Children,
-        dispatcher: Dispatcher,
-        telemetry: Telemetry,
-        max_age_ns: int | None,
-    ) -> None:
-        self._children, self._dispatcher = children, dispatcher
-        self._telemetry, self._max_age_ns = telemetry, max_age_ns
+    def __init__(self, children: Children, dispatcher: Dispatcher, telemetry: Telemetry) -> None:
+        self._children, self._dispatcher, self._telemetry = children, dispatcher, telemetry
         self._read: Callable[[], PipelineConfig] | None = None
         self._config: PipelineConfig | None = None
         self._new: Children | None = None
@@ -114,7 +107,8 @@ class Reloader:
         check_swap(running, self._config)
         self._new = Children(self._children.entry, self._children.settings, _cannot_start)
         for child in self._children.all[1:]:
-            self._new.add(child.name, child.row, replace(child.task, config=self._config))
+            task = replace(child.task, config=self._config)
+            self._new.add(child.name, child.row, task, vital=child.vital)
             self._new.all[-1].generation = child.generation + 1
 
     def _has_passed(self, running: PipelineConfig, new: Children) -> bool:
@@ -123,14 +117,16 @@ class Reloader:
         if self._config.swap.frames == 0:
             return True
         if self._trial is None:
+            flow = [node for node in running.topology if not node.beside]
             self._trial = Trial(
                 self._config.swap,
-                running.topology,
-                self._max_age_ns,
+                flow,
+                self._dispatcher.max_age_ns,
                 same_targets=self._config.stages == running.stages,
             )
             for child in new.all:
-                self._trial.ready(child.identity, child.row)
+                if child.row < len(flow):
+                    self._trial.ready(child.identity, child.row)
         return self._trial.passed
 
     def _take_over(self, new: Children) -> tuple[int, PipelineConfig] | None:

@@ -34,6 +34,9 @@ class Telemetry:
         self._frames = Counter(
             "frames", "Frames by what became of them", ["outcome", "stage"], **given
         )
+        self._unfused = Counter(
+            "unfused_frames", "Published without the word of the node beside the flow", **given
+        )
         self._targets = Counter("targets", "Targets published", **given)
         self._stage = Histogram(
             "stage_seconds", "Time in a stage or on a hop, with waiting", ["stage"],
@@ -93,6 +96,7 @@ class Telemetry:
         elif message["schema"] == "irst.targets/1":
             self._frames.labels("published", "").inc()
             self._targets.inc(len(message["targets"]["id"]))
+            self._unfused.inc(bool(message.get("fusion", {}).get("missing")))
             self._age.observe(message["age_ns"] / 1e9)
             self._last.set(time.time())
             for stage, ns in message["stage_ns"].items():
