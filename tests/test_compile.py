@@ -19,7 +19,8 @@ from engines.errors import EngineError
 from engines.loader import MODELS, open_engine, resolve
 from engines.manifest import read_manifest, sha256_of
 from pipeline.physics.sensor import Sensor
-from trainer.compile import Wish, compile_model
+from trainer.build import Wish
+from trainer.compile import compile_model
 from trainer.errors import TrainerError, TrainingFailed
 
 SENSOR = Sensor(id="field", sigma_px=0.6, full_scale=16383, read_noise=6.0, gain=8.0)

@@ -21,7 +21,7 @@ from engines.errors import EngineError
 from engines.loader import MODELS, misfits, open_engine, resolve
 from engines.manifest import Manifest, read_manifest, sha256_of
 from pipeline.physics.sensor import Sensor
-from trainer.compile import TAKES, Variant, Wish, built
+from trainer.build import TAKES, Variant, Wish, built
 from trainer.errors import TrainerError
 from trainer.export import write_onnx
 from trainer.parity import held_out, weights_of
