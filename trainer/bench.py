@@ -114,7 +114,8 @@ def _engines(subject: Subject, most: int, show: Show) -> Iterator[tuple[str, Eng
                 try:
                     made = built(subject.model, subject.manifest, variant, wish, path, show)
                     if unfit := misfits(made.build):
-                        raise EngineError(unfit[0])
+                        show(f"{target}: not here: {unfit[0]}")
+                        break
                     engine = open_engine(path, options=told)
                 except (EngineError, TrainerError) as error:
                     show(f"{target} {precision}: not here: {error}")
