@@ -16,6 +16,7 @@ from pipeline.command import run_app
 from pipeline.config import load_config, open_source
 from pipeline.errors import PipelineError, RunError
 from pipeline.evaluation.command import evaluate_detection
+from pipeline.evaluation.fusion_command import evaluate_fusion
 from pipeline.ingest import calibrate, convert
 from pipeline.live import DEFAULT_ENDPOINT, ConfigOption, EngineOption, add_commands
 from pipeline.summary import Summary, print_summary, score
@@ -33,6 +34,7 @@ TERMINATED = 128 + signal.SIGTERM
 
 add_commands(app)
 app.command()(evaluate_detection)
+app.command()(evaluate_fusion)
 app.command()(convert)
 app.command()(calibrate)
 

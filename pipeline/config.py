@@ -6,7 +6,7 @@ engine:   default
 detect:   {false_alarms_per_frame: 0.1} # a section for each stage of the flow
 topology: {unmix: {replicas: 2}}
 publish:  {endpoint: tcp://127.0.0.1:5556}
-supervisor, telemetry, dead_letters: see docs/operations.md
+supervisor, telemetry, dead_letters, swap: see docs/operations.md
 """
 
 import hashlib
@@ -26,9 +26,10 @@ from pipeline.runtime.settings import (
     NodeSettings,
     PublishSettings,
     SupervisorSettings,
+    SwapSettings,
     TelemetrySettings,
 )
-from pipeline.runtime.topology import TOPOLOGY, Node, flow_types
+from pipeline.runtime.topology import TOPOLOGY, Node, flow_types, running
 from pipeline.sensing import SensorSettings
 from pipeline.transport.feed import FeedSocket
 
@@ -40,6 +41,7 @@ RUNTIME_SECTIONS: dict[str, type[Any]] = {
     "supervisor": SupervisorSettings,
     "telemetry": TelemetrySettings,
     "dead_letters": DeadLetterSettings,
+    "swap": SwapSettings,
 }
 
 
@@ -57,11 +59,17 @@ class PipelineConfig:
     supervisor: SupervisorSettings
     telemetry: TelemetrySettings
     dead_letters: DeadLetterSettings
+    swap: SwapSettings
 
     @property
     def stage_names(self) -> list[str]:
-        """All stages in the order of the flow."""
+        """All stages in the order of the flow, then those beside it."""
         return [stage for node in self.topology for stage in node.stages]
+
+    @property
+    def beside(self) -> Node | None:
+        """The node beside the flow, if there is one: the last row."""
+        return self.topology[-1] if self.topology[-1].beside else None
 
     @property
     def digest(self) -> str:
@@ -113,6 +121,12 @@ def load_config(
     published = data.get("publish")
     if published is None or isinstance(published, dict):
         data["publish"] = {"endpoint": default_endpoint, **(published or {}), **(publish or {})}
+    supervisor = _section(SupervisorSettings, data.get("supervisor"), "supervisor", where)
+    if topology[-1].beside and supervisor.beside_ms >= supervisor.max_age_ms:
+        raise PipelineError(
+            f"{where}: supervisor.beside_ms must be less than max_age_ms, "
+            f"{supervisor.max_age_ms:g}: what is waited for longer costs the frame"
+        )
     sensor = _section(SensorSettings, data.get("sensor"), "sensor", where)
     if sensor.calibration is not None and "calibrate" not in stage_names:
         raise PipelineError(
@@ -167,7 +181,7 @@ def _short(value: Any) -> str:
 def _topology(data: Any, where: str) -> tuple[Node, ...]:
     """The table with the configured changes applied."""
     if data is None:
-        return TOPOLOGY
+        return running(TOPOLOGY)
     names = [node.name for node in TOPOLOGY]
     if not isinstance(data, dict):
         raise PipelineError(f"{where}: topology must be a map of nodes ({', '.join(names)})")
@@ -188,7 +202,7 @@ def _topology(data: Any, where: str) -> tuple[Node, ...]:
                 "only nodes in between can have more"
             )
     flow_types(rows, where)
-    return tuple(rows)
+    return running(rows)
 
 
 def open_source(config: PipelineConfig) -> Source:

@@ -31,6 +31,9 @@ class Flag(IntFlag):
     CROWDED = 128  # more peaks in its window than are kept
     MISFIT = 256  # no group of point sources explains its counts
     UNCONVERGED = 512  # its fit found no maximum; the network's answer is given
+    UNCONFIRMED = 1024  # the detector beside the flow looked and has no box there
+    CONFLICT = 2048  # that detector says it is no point source
+    DETECTOR_ONLY = 4096  # only that detector saw it
 
     @property
     def names(self) -> list[str]:
@@ -163,6 +166,35 @@ class Angles:
 
 
 @dataclass(frozen=True)
+class Objects:
+    """What a detector of whole frames, beside the flow, saw in a frame."""
+
+    info: FrameInfo
+    box_px: NDArray[np.float64]  # (K, 4) x0, y0, x1, y1
+    label: NDArray[np.int32]  # (K,) row of labels
+    score: NDArray[np.float64]  # (K,) as the network gives it
+    point_source: NDArray[np.bool_]  # (K,) of a class that is a target
+    odds: NDArray[np.float64]  # (K,) log-odds that a point source is in the box, calibrated
+    labels: tuple[str, ...]
+    prior_odds: float  # the same before a box's score is known
+    missed_odds: float  # what having no box adds to the log-odds of a point source
+    margin_px: float  # of a box round its targets
+    centre_sigma_px: float  # error of a box's middle along an axis
+    engine: str  # hash of the engine that found them
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What came of a detector's word: its labels and boxes, a row a group."""
+
+    engine: str  # hash of the detector, "" where it said nothing
+    missing: str  # why it said nothing, "" where it did
+    label: tuple[str, ...]  # (N,) "" where there is no box
+    box_px: NDArray[np.float64]  # (N, 4) NaN where there is none
+    p_box: NDArray[np.float64]  # (N,) that a point source is in the box; NaN where there is none
+
+
+@dataclass(frozen=True)
 class TargetReport:
     """The targets of a frame as published, without what only the running system knows."""
 
@@ -183,6 +215,7 @@ class TargetReport:
     joint_px2: NDArray[np.float64]  # (N, 2K, 2K) of x, y of a group's targets, NaN: not known
     group_flags: NDArray[np.uint16]  # (N,)
     angles: Angles | None = None
+    fusion: Fusion | None = None
 
 
 @dataclass(frozen=True)
@@ -192,6 +225,19 @@ class Dropped:
     seq: int
     stage: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A frame's targets and what a detector beside the flow saw in it, or why it said nothing."""
+
+    report: TargetReport
+    objects: Objects | Dropped
+
+    @property
+    def info(self) -> FrameInfo:
+        """Of the frame."""
+        return self.report.info
 
 
 @dataclass(frozen=True)
@@ -253,8 +299,11 @@ class GroupColumns(_Columns):
 
     joint_cov_px2: upper triangle, row by row, of the covariance of x, y of its first target, x, y
     of its second, …; empty where the method does not say. A group may be without targets: its
-    flags say that it was not unmixed (extended, clutter, overflow), otherwise nothing significant
-    was found in it.
+    flags say that it was not unmixed (extended, clutter, overflow) or that only a detector beside
+    the flow saw it (detector_only), otherwise nothing significant was found in it.
+
+    label, box (x0, y0, x1, y1 px; empty: none) and p_box, the probability that a point source is
+    in the box, are there where targets are fused with such a detector.
     """
 
     id: list[int]
@@ -264,6 +313,16 @@ class GroupColumns(_Columns):
     ]
     joint_cov_px2: list[list[Finite]]
     flags: list[list[str]]
+    label: list[str] | None = None
+    box: list[Annotated[list[Finite], Field(max_length=4)]] | None = None
+    p_box: list[Probability | None] | None = None
+
+
+class FusionState(Wire):
+    """Which detector targets were fused with; `missing` says why with none, "" if they were."""
+
+    detector: str
+    missing: str
 
 
 class TargetsMessage(Wire):
@@ -283,6 +342,7 @@ class TargetsMessage(Wire):
     gap: list[int]
     engine: str
     config: str
+    fusion: FusionState | None = None
 
 
 class StartMessage(Wire):
@@ -365,8 +425,9 @@ def targets_message(
     report: TargetReport, *, stage_ns: dict[str, int], age_ns: int, gap: list[int], config: str
 ) -> dict[str, Any]:
     """A report as the plain map of `irst.targets/1`."""
-    info, angles = report.info, report.angles
+    info, angles, fusion = report.info, report.angles, report.fusion
     number = len(report.group)
+    label = [""] * len(report.bbox_px) if fusion is None else list(fusion.label)
     seen = (
         {}
         if angles is None
@@ -395,7 +456,7 @@ def targets_message(
             "p_exist": report.p_exist.tolist(),
             "snr": report.snr.tolist(),
             "source": [report.source + "+refine" * fitted for fitted in report.refined.tolist()],
-            "label": [""] * number,
+            "label": [label[group] for group in report.group.tolist()],
             "flags": [list(_flag_names(flags)) for flags in report.flags.tolist()],
             **seen,
         },
@@ -405,10 +466,30 @@ def targets_message(
             "count_posterior": report.count_posterior.tolist(),
             "joint_cov_px2": [_upper_triangle(joint) for joint in report.joint_px2],
             "flags": [list(_flag_names(flags)) for flags in report.group_flags.tolist()],
+            **({} if fusion is None else _group_boxes(fusion)),
         },
         "stage_ns": stage_ns,
         "age_ns": age_ns,
         "gap": gap,
         "engine": report.engine,
         "config": config,
+        **(
+            {}
+            if fusion is None
+            else {"fusion": {"detector": fusion.engine, "missing": fusion.missing}}
+        ),
+    }
+
+
+def _group_boxes(fusion: Fusion) -> dict[str, Any]:
+    """Columns of the groups, only there when targets are to be fused."""
+    has = ~np.isnan(fusion.p_box)
+    return {
+        "label": list(fusion.label),
+        "box": [
+            box if there else [] for box, there in zip(fusion.box_px.tolist(), has, strict=True)
+        ],
+        "p_box": [
+            p if there else None for p, there in zip(fusion.p_box.tolist(), has, strict=True)
+        ],
     }

@@ -19,6 +19,7 @@ PANEL_PX = 13
 MARGIN_PX = 2
 NOT_UNMIXED = (Flag.EXTENDED | Flag.CLUTTER | Flag.OVERFLOW).names
 GREEN, ORANGE, RED, WHITE = (80, 220, 80), (40, 160, 255), (80, 80, 255), (255, 255, 255)
+BLUE = (255, 190, 90)
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 Image = NDArray[np.uint8]
@@ -163,9 +164,22 @@ def _overview(pixels: NDArray[Any], message: dict[str, Any]) -> Image:
         cv2.rectangle(image, (2 * x0 - 8, 2 * y0 - 8), (2 * x1 + 8, 2 * y1 + 8), colour, 1)
         text = reason or str(counts[row])
         cv2.putText(image, text, (2 * x1 + 11, 2 * y0 + 2), FONT, 0.45, colour, 1, cv2.LINE_AA)
+    _draw_boxes(image, message["groups"])
     text = f"frame {message['frame_seq']}: groups and their number of targets"
+    text += "; blue: the detector's boxes, p of a point source" * ("fusion" in message)
     cv2.putText(image, text, (8, 20), FONT, 0.5, WHITE, 1, cv2.LINE_AA)
     return image.astype(np.uint8)
+
+
+def _draw_boxes(image: NDArray[Any], groups: dict[str, Any]) -> None:
+    """What a detector beside the flow saw, in the frame twice as large: label, p of a target."""
+    columns = (groups.get(name) or [] for name in ("label", "box", "p_box"))
+    for label, box, p in zip(*columns, strict=True):
+        if not box:
+            continue
+        x0, y0, x1, y1 = (round(2.0 * side + 1.0) for side in box)
+        cv2.rectangle(image, (x0, y0), (x1, y1), BLUE, 1)
+        cv2.putText(image, f"{label} {p:.2f}", (x0, y1 + 12), FONT, 0.4, BLUE, 1, cv2.LINE_AA)
 
 
 def _enlarged(

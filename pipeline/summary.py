@@ -1,7 +1,7 @@
 """The end of a run in figures: frames, targets, latency by stage, accounting, score."""
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ class Summary:
     latency_ns: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     end: dict[str, Any] | None = None
     dropped: list[dict[str, Any]] = field(default_factory=list)
+    unfused: Counter[str] = field(default_factory=Counter)  # frames by why
     started: float = field(default_factory=time.monotonic)
     seconds: float = 0.0  # from the start message to the last one
 
@@ -48,6 +49,8 @@ class Summary:
             for stage, ns in message["stage_ns"].items():
                 self.latency_ns[stage].append(ns)
             self.latency_ns["ingest to publish"].append(message["age_ns"])
+            if reason := message.get("fusion", {}).get("missing"):
+                self.unfused[reason] += 1
 
     @property
     def frames(self) -> int:
@@ -128,6 +131,8 @@ def print_summary(console: Console, summary: Summary, result: Score | None) -> N
         table.add_row(stage, f"{p50:.2f}", f"{p99:.2f}")
     console.print(table)
     print_accounting(console, summary.end, balanced=summary.balanced)
+    for reason, frames in summary.unfused.items():
+        console.print(f"  not fused: {frames} × {reason}")
     if result is not None:
         print_score(console, result)
 

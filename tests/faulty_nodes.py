@@ -4,9 +4,12 @@ import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
+from pipeline.errors import PipelineError
 from pipeline.runtime import node
 from pipeline.runtime.flow import Flow
+from pipeline.stages.unmix import Unmix
 
 FRAME = 3
 
@@ -43,10 +46,10 @@ def dying(task):
     """The unmix node dies on one frame, whenever it meets it."""
     whole = Flow.process
 
-    def process(self, message, trace):
+    def process(self, message, trace, beside=None):
         if task.node.name == "unmix" and message.info.seq == FRAME:
             os.kill(os.getpid(), signal.SIGKILL)
-        return whole(self, message, trace)
+        return whole(self, message, trace, beside)
 
     Flow.process = process
     node.run_node(task)
@@ -61,10 +64,10 @@ def hanging_once(task):
     """The first unmix node stops answering, and says that it is alive no more."""
     whole = Flow.process
 
-    def process(self, message, trace):
+    def process(self, message, trace, beside=None):
         if task.node.name == "unmix" and message.info.seq == FRAME:
             time.sleep(600)
-        return whole(self, message, trace)
+        return whole(self, message, trace, beside)
 
     if task.identity.endswith(b".1"):
         Flow.process = process
@@ -86,4 +89,47 @@ def lying(task):
             whole(socket, message, trace)
 
     node._send = send
+    node.run_node(task)
+
+
+def as_its_engine_is_called(task):
+    """An unmix node with the engine `slow` takes 400 ms more, with `failing` it can do no frame."""
+    whole, name = Unmix.process, Path(task.config.engine).stem
+
+    def process(self, message):
+        if name == "slow":
+            time.sleep(0.4)
+        elif name == "failing":
+            raise PipelineError("cannot")
+        return whole(self, message)
+
+    Unmix.process = process
+    node.run_node(task)
+
+
+def dying_beside(task):
+    """The node beside the flow dies on one frame, whenever it meets it."""
+    whole = Flow.process
+
+    def process(self, message, trace, beside=None):
+        if task.node.beside and message.info.seq == FRAME:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(self, message, trace, beside)
+
+    Flow.process = process
+    node.run_node(task)
+
+
+def failing_beside(task):
+    """The detector raises on one frame."""
+    from pipeline.stages.recognise import Recognise
+
+    whole = Recognise.process
+
+    def process(self, message):
+        if message.info.seq == FRAME:
+            raise ValueError("no idea")
+        return whole(self, message)
+
+    Recognise.process = process
     node.run_node(task)

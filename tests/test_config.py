@@ -10,7 +10,7 @@ from pipeline.config import load_config
 from pipeline.errors import PipelineError
 from pipeline.messages import Unmixed
 from pipeline.runtime import topology
-from pipeline.runtime.topology import TOPOLOGY, flow_types
+from pipeline.runtime.topology import TOPOLOGY, flow_types, running
 from pipeline.sensing import load_bad_pixels
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -29,7 +29,7 @@ def test_every_shipped_configuration_is_valid(path):
 
 def test_defaults_need_no_file():
     config = load_config(None)
-    assert config.topology == TOPOLOGY
+    assert config.topology == running(TOPOLOGY)
     assert set(config.stages) == set(config.stage_names)
 
 

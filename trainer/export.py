@@ -101,15 +101,29 @@ def write_onnx(network: UnmixingNetwork, path: Path) -> None:
     """The network as one ONNX file: `patch` (B, *patch_shape) → `map` (B, *map_shape), B dynamic.
 
     Conditions are inputs of shape (1,) beside the patch.
+    """
+    inputs = ["patch", *network.conditions]
+    write_graph(network.as_engine(), example(network), inputs, dynamic_shapes(network), path)
+
+
+def write_graph(
+    network: torch.nn.Module,
+    example: tuple[torch.Tensor, ...],
+    inputs: list[str],
+    shapes: tuple[dict[int, Any] | None, ...],
+    path: Path,
+) -> None:
+    """Any network as one ONNX file with the output `map`; shapes: what is dynamic of each input.
+
     What the exporter notes about the source code (paths, lines) is left out.
     """
     with _quiet():
         program = torch.onnx.export(
-            network.as_engine().eval(),
-            example(network),
-            input_names=["patch", *network.conditions],
+            network.eval(),
+            example,
+            input_names=inputs,
             output_names=["map"],
-            dynamic_shapes=dynamic_shapes(network),
+            dynamic_shapes=shapes,
             dynamo=True,
             verbose=False,
         )

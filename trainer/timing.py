@@ -1,6 +1,7 @@
 """How long an engine takes."""
 
 import time
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ FEWEST = 10  # calls
 
 
 def timed(
-    engine: Engine, batch: int, patch: NDArray[np.float32], seconds: float = TIMED_S
+    engine: Engine[Any], batch: int, patch: NDArray[np.float32], seconds: float = TIMED_S
 ) -> Latency:
     """Of calls with so many patches at a time, for so long; patch: what to fill them with."""
     given = np.resize(patch, (batch, *patch.shape[1:]))

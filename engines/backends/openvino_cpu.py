@@ -106,7 +106,8 @@ def _check_shapes(network: Any, manifest: EngineManifest, model: Path) -> None:
     )
     for what, ports, shape in sides:
         shapes = [str(port.partial_shape) for port in ports]
-        wanted = openvino.PartialShape([-1, *shape])
+        batch = -1 if manifest.max_batch > 1 or ports[0].partial_shape[0].is_dynamic else 1
+        wanted = openvino.PartialShape([batch, *shape])
         if len(ports) != 1 or not ports[0].partial_shape.same_scheme(wanted):
             raise EngineError(
                 f"{model}: {what} of shape {', '.join(shapes)}, its manifest says {wanted}; "

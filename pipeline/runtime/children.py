@@ -54,6 +54,7 @@ class Child:
     heard_s: float = 0.0
     start_at_s: float | None = 0.0  # when to start the next process; None: it runs
     last_words: str = ""
+    vital: bool = True  # the run cannot do without it
 
     @property
     def identity(self) -> bytes:
@@ -76,10 +77,10 @@ class Children:
         self._spawn = multiprocessing.get_context("spawn")
         resource_tracker.ensure_running()  # which would unblock the signals of the first start
 
-    def add(self, name: str, row: int, task: Any) -> None:
-        """A node to be started by `watch`."""
+    def add(self, name: str, row: int, task: Any, *, vital: bool = True) -> None:
+        """A node to be started by `watch`, again and again if it is not vital."""
         back_off = BackOff(self.settings.restarts, self.settings.within_s)
-        self.all.append(Child(name, row, task, back_off))
+        self.all.append(Child(name, row, task, back_off, vital=vital))
 
     def find(self, identity: bytes) -> Child | None:
         """The child whose present process this is."""
@@ -139,6 +140,8 @@ class Children:
         delay_s = child.back_off.delay_s(now_s)
         self.on_gone(child)
         cause = f": {child.last_words}" if child.last_words else ""
+        if delay_s is None and not child.vital:
+            delay_s = MAX_DELAY_S
         if delay_s is None:
             allowed = f"{self.settings.restarts} restarts in {self.settings.within_s:g} s"
             raise RunError(f"node {child.name} {how}{cause}; {allowed} are allowed")

@@ -23,7 +23,10 @@ MAX_DEATHS = 2
 
 @dataclass(eq=False)
 class Job:
-    """A frame on its way: the parts of its latest message, and whose turn it is."""
+    """A frame on its way: the parts of its latest message, and whose turn it is.
+
+    beside: what a node beside the flow says of it, or why it says nothing; see `join`.
+    """
 
     seq: int
     t_ingest_ns: int
@@ -31,6 +34,8 @@ class Job:
     row: int
     worker: bytes | None = None
     deaths: int = 0
+    superseded: bool = False  # to be finished by the workers that are retired
+    beside: list[Any] | Dropped | None = None
 
 
 @dataclass
@@ -59,7 +64,7 @@ class Dispatcher:
     def __init__(self, topology: Sequence[Node], max_age_ns: int | None) -> None:
         live = max_age_ns is not None
         self._rows = [_Row(node, node.overflow if live else "block") for node in topology]
-        self._max_age_ns = max_age_ns
+        self.max_age_ns = max_age_ns
         self._jobs: dict[int, Job] = {}
         self._retired: set[bytes] = set()  # workers that are given nothing more
         self._granted = 0  # frames the front may still send
@@ -109,13 +114,22 @@ class Dispatcher:
         """A worker can be given frames."""
         self._rows[row].workers.setdefault(worker, {})
 
-    def retire(self, worker: bytes) -> None:
-        """A worker is to finish what it holds, and gets nothing more."""
-        self._retired.add(worker)
+    def supersede(self) -> int:
+        """All workers are to finish the frames begun, and nothing more; the first of the others.
 
-    def is_idle(self, worker: bytes) -> bool:
-        """True if a worker holds nothing."""
-        return not any(row.workers.get(worker) for row in self._rows)
+        Those are for workers that come to be ready from now on.
+        """
+        self._retired = {worker for row in self._rows for worker in row.workers}
+        begun = [job.seq for job in self._jobs.values() if job.row > 1 or job.worker is not None]
+        first = max(begun) + 1 if begun else min(self._jobs, default=self.next_in)
+        for job in self._jobs.values():
+            job.superseded = job.seq < first
+        return first
+
+    @property
+    def superseding(self) -> bool:
+        """True while frames are under way that are for retired workers."""
+        return any(job.superseded for job in self._jobs.values())
 
     def gone(self, worker: bytes) -> None:
         """A worker is dead: what it held is the next to be done, by whoever is ready."""
@@ -135,15 +149,43 @@ class Dispatcher:
     def assign(self) -> Iterator[tuple[bytes, Job]]:
         """Give waiting frames to workers with room for them, the idlest first."""
         for number, row in enumerate(self._rows):
-            workers = [worker for worker in row.workers if worker not in self._retired]
-            while row.waiting and workers and self._room_after(number):
-                worker = min(workers, key=lambda name: len(row.workers[name]))
-                if len(row.workers[worker]) >= HELD_BY_WORKER:
+            while self._room_after(number) and (job := self._due(number)):
+                workers = self._able(row, job)
+                worker = min(workers, key=lambda name: len(row.workers[name]), default=b"")
+                if not workers or len(row.workers[worker]) >= HELD_BY_WORKER:
                     break
-                job = row.waiting.popleft()
+                row.waiting.remove(job)
                 job.worker = worker
                 row.workers[worker][job.seq] = job
                 yield worker, job
+
+    def _able(self, row: _Row, job: Job) -> list[bytes]:
+        """Workers a frame may be given to; where those it is for are gone, all that are not."""
+        current = [worker for worker in row.workers if worker not in self._retired]
+        if not job.superseded:
+            return current
+        return [worker for worker in row.workers if worker in self._retired] or current
+
+    def _due(self, number: int) -> Job | None:
+        """The frame a row is to work on next."""
+        waiting = self._rows[number].waiting
+        return waiting[0] if waiting else None
+
+    def has_workers(self, number: int) -> bool:
+        """True if somebody can be given frames of a row."""
+        return bool(self._rows[number].workers)
+
+    def holds(self, job: Job) -> bool:
+        """True if this job is on its way here."""
+        return self._jobs.get(job.seq) is job
+
+    def knows(self, seq: int) -> bool:
+        """True if a frame of this number is on its way."""
+        return seq in self._jobs
+
+    def node_of(self, job: Job) -> str:
+        """Name of the node whose turn a job is."""
+        return self._rows[job.row].node.name
 
     def _room_after(self, number: int) -> bool:
         """True if what the row gives will find room in the next one."""
@@ -197,11 +239,11 @@ class Dispatcher:
 
     def expire(self, now_ns: int) -> None:
         """Give up what is too old to be of use, wherever it is."""
-        if self._max_age_ns is None:
+        if self.max_age_ns is None:
             return
-        oldest_ns = now_ns - self._max_age_ns
+        oldest_ns = now_ns - self.max_age_ns
         while self._jobs and (job := next(iter(self._jobs.values()))).t_ingest_ns < oldest_ns:
-            self.give_up(job, f"older than {self._max_age_ns / 1e6:g} ms")
+            self.give_up(job, f"older than {self.max_age_ns / 1e6:g} ms")
 
     def give_up_all(self, reason: str) -> None:
         """Nothing more can be done."""

@@ -11,8 +11,9 @@ from typing import Any
 
 from pipeline.component import Stage, component
 from pipeline.config import PipelineConfig
-from pipeline.messages import Dropped, Trace
+from pipeline.messages import Dropped, Frame, Seen, Trace
 from pipeline.physics.sensor import Sensor
+from pipeline.runtime.topology import stage_types
 from pipeline.sensing import stage_context
 
 log = logging.getLogger(__name__)
@@ -26,17 +27,24 @@ class Flow:
     ) -> None:
         self._stages = stages
         self._clock = clock
+        self._joins = {name for name, stage in stages if _takes(stage) is Seen}
 
-    def process(self, message: Any, trace: Trace) -> tuple[Any, Trace]:
+    def process(
+        self, message: Any, trace: Trace, beside: tuple[Any, Trace] | None = None
+    ) -> tuple[Any, Trace]:
         """The message after all stages, or `Dropped` if one could not process it.
 
-        What was dropped before comes through as it is.
+        What was dropped before comes through as it is. beside: `Objects`, or `Dropped`, that a node
+        beside the flow made of the frame, for the stage that takes them.
         """
         if isinstance(message, Dropped):
             return message, trace
         stage_ns = dict(trace.stage_ns)
         seq = message.info.seq
         for name, stage in self._stages:
+            if name in self._joins:
+                said, trace_beside = beside or (Dropped(seq, name, "was not asked"), trace)
+                message, stage_ns = Seen(message, said), stage_ns | trace_beside.stage_ns
             started = self._clock()
             try:
                 message = stage.process(message)
@@ -53,6 +61,16 @@ class Flow:
         """Release what the stages hold."""
         for _, stage in self._stages:
             stage.close()
+
+
+def _takes(stage: Any) -> type[Any] | None:
+    return stage_types(type(stage))[0] if isinstance(stage, Stage) else None
+
+
+def shown_to_beside(names: Sequence[str]) -> int:
+    """How many of a front's stages come before what a node beside it is shown: those of frames."""
+    types = [stage_types(component("stage", name)) for name in names]
+    return next((n for n, (_, gives) in enumerate(types) if gives is not Frame), len(types))
 
 
 def build_flow(

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
+
 from engines.errors import EngineError
 from pipeline.config import PipelineConfig, open_source
 from pipeline.errors import PipelineError, RunError
-from pipeline.messages import Dropped, Trace
+from pipeline.messages import Dropped, Objects, Trace
 from pipeline.physics.sensor import Sensor
-from pipeline.runtime.flow import Flow, build_flow
+from pipeline.runtime.flow import Flow, build_flow, shown_to_beside
 from pipeline.runtime.inlet import Inlet, Overrun, Shed
 from pipeline.runtime.logs import configure_logs
 from pipeline.runtime.memory import keep_freed_memory
@@ -57,6 +59,12 @@ class NodeTask:
         """This node's row of the table."""
         return self.config.topology[self.row]
 
+    @property
+    def hop(self) -> str:
+        """What its messages pass on their way to it, e.g. "front>unmix"."""
+        before = self.config.topology[0 if self.node.beside else self.row - 1]
+        return f"{before.name}>{self.node.name}"
+
 
 def hub_endpoint(run_dir: Path) -> str:
     """Where the supervisor of a run listens."""
@@ -71,6 +79,7 @@ def run_node(task: NodeTask) -> None:
     """
     configure_logs(task.config.telemetry)
     keep_freed_memory()
+    cv2.setNumThreads(1)  # the other cores are the other nodes'
     if task.node.cores is not None:
         os.sched_setaffinity(0, task.node.cores)
     # A stopped process would not notice that its supervisor is gone: its death continues it.
@@ -78,13 +87,18 @@ def run_node(task: NodeTask) -> None:
     threading.Thread(target=_outlive_not, args=(task,), daemon=True).start()
     wake = os.eventfd(0, os.EFD_NONBLOCK)
     socket = NodeSocket(hub_endpoint(task.run_dir), task.identity, wake)
+    stages = task.node.stages
+    cut = shown_to_beside(stages) if task.row == 0 and task.config.beside else 0
     try:
-        flow = build_flow(task.config, task.node.stages, task.sensor, task.shape)
-        with contextlib.closing(flow):
+        first, flow = (
+            build_flow(task.config, part, task.sensor, task.shape)
+            for part in (stages[:cut], stages[cut:])
+        )
+        with contextlib.closing(first), contextlib.closing(flow):
             if task.mode == "live":
                 _rehearse(task, flow)
             if task.row == 0:
-                _run_front(task, flow, socket, wake)
+                _run_front(task, first, flow, socket, wake)
             else:
                 _run_worker(task, flow, socket)
     except Exception as error:
@@ -134,8 +148,29 @@ def _send(socket: NodeSocket, message: Any, trace: Trace) -> None:
         socket.send(Word("result", message.info.seq, t_ns=trace.t_ingest_ns), parts)
 
 
+def _show(socket: NodeSocket, frame: Any, trace: Trace) -> None:
+    """Send a frame for the node beside; one that cannot be sent is lost later, with its patches."""
+    parts = frame if isinstance(frame, Dropped) else _encoded(frame, trace)
+    if not isinstance(parts, Dropped):
+        socket.send(Word("frame", frame.info.seq, t_ns=trace.t_ingest_ns), parts)
+
+
+def _said_beside(word: Word, parts: list[Any]) -> tuple[Any, Trace]:
+    """What the node beside has made of a frame, or why it says nothing."""
+    reason = word.text
+    if parts:
+        try:
+            message, trace, _ = codec.decode(parts)
+            if isinstance(message, Objects) and message.info.seq == word.seq:
+                return message, trace
+            reason = "malformed message: not of this frame"
+        except codec.CodecError as error:
+            reason = f"malformed message: {error}"[:MAX_TEXT]
+    return Dropped(word.seq, "transport", reason), Trace(0, {})
+
+
 def _run_worker(task: NodeTask, flow: Flow, socket: NodeSocket) -> None:
-    hop = f"{task.config.topology[task.row - 1].name}>{task.node.name}"
+    beside: tuple[int, tuple[Any, Trace]] | None = None
     socket.send(Word("ready"))
     while True:
         received = socket.receive(ALIVE_MS)
@@ -145,6 +180,8 @@ def _run_worker(task: NodeTask, flow: Flow, socket: NodeSocket) -> None:
         word, parts = received
         if word.kind == "stop":
             return
+        if word.kind == "beside":
+            beside = word.seq, _said_beside(word, parts)
         if word.kind != "work":
             continue
         try:
@@ -155,11 +192,12 @@ def _run_worker(task: NodeTask, flow: Flow, socket: NodeSocket) -> None:
         if isinstance(message, Dropped) or message.info.seq != word.seq:
             socket.send(Word("malformed", word.seq, text="not the frame it is said to be"))
             continue
-        stage_ns = trace.stage_ns | {hop: time.monotonic_ns() - sent_ns}
-        _send(socket, *flow.process(message, Trace(trace.t_ingest_ns, stage_ns)))
+        trace = Trace(trace.t_ingest_ns, trace.stage_ns | {task.hop: time.monotonic_ns() - sent_ns})
+        said = beside[1] if beside is not None and beside[0] == word.seq else None
+        _send(socket, *flow.process(message, trace, said))
 
 
-def _run_front(task: NodeTask, flow: Flow, socket: NodeSocket, wake: int) -> None:
+def _run_front(task: NodeTask, first: Flow, flow: Flow, socket: NodeSocket, wake: int) -> None:
     live = task.mode == "live"
     node, settings = task.node, task.config.supervisor
     source = open_source(task.config)
@@ -185,7 +223,10 @@ def _run_front(task: NodeTask, flow: Flow, socket: NodeSocket, wake: int) -> Non
             elif item is not None:
                 granted -= 1
                 tap.publish(item.frame)
-                _send(socket, *flow.process(item.frame, Trace(item.t_ingest_ns, {})))
+                frame, trace = first.process(item.frame, Trace(item.t_ingest_ns, {}))
+                if task.config.beside:
+                    _show(socket, frame, trace)
+                _send(socket, *flow.process(frame, trace))
             elif inlet.ended:
                 break
             received = socket.receive(ALIVE_MS if item is None else 0)

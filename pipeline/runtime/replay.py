@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.component import Source
 from pipeline.config import PipelineConfig
 from pipeline.messages import Trace, Wire
-from pipeline.runtime.flow import build_flow
+from pipeline.runtime.flow import build_flow, shown_to_beside
 from pipeline.runtime.memory import keep_freed_memory
 from pipeline.runtime.outlet import Messages
 from pipeline.runtime.output import Output
@@ -28,7 +28,12 @@ def in_process(config: PipelineConfig, source: Source) -> Messages:
     def put(message: dict[str, Any], model: Wire) -> None:
         waiting.append((message, model))
 
-    flow = build_flow(config, config.stage_names, source.sensor, source.shape)
+    cut = shown_to_beside(config.topology[0].stages) if config.beside else 0
+    names = [stage for node in config.topology if not node.beside for stage in node.stages]
+    first, flow, beside = (
+        build_flow(config, part, source.sensor, source.shape)
+        for part in (names[:cut], names[cut:], config.beside.stages if config.beside else ())
+    )
     heartbeat_s = config.publish.heartbeat_s
     output = Output(put, source.sensor.id, config.digest, heartbeat_s)
     frames_in = 0
@@ -37,12 +42,14 @@ def in_process(config: PipelineConfig, source: Source) -> Messages:
         yield from _drain(waiting)
         for frame in source.frames():
             frames_in += 1
-            output.put(*flow.process(frame, Trace(time.monotonic_ns(), {})))
+            shown = first.process(frame, Trace(time.monotonic_ns(), {}))
+            output.put(*flow.process(*shown, beside.process(*shown)))
             yield from _drain(waiting)
         output.end(frames_in)
         yield from _drain(waiting)
     finally:
-        flow.close()
+        for part in (first, flow, beside):
+            part.close()
 
 
 def _drain(waiting: deque[tuple[dict[str, Any], Wire]]) -> Messages:

@@ -17,10 +17,12 @@ from typing import Any, Self
 
 from pipeline.config import PipelineConfig
 from pipeline.errors import PipelineError, RunError
+from pipeline.messages import Dropped
 from pipeline.physics.sensor import Sensor
 from pipeline.runtime.children import Child, Children
 from pipeline.runtime.dead_letters import DeadLetters
 from pipeline.runtime.dispatch import Dispatcher, Job
+from pipeline.runtime.join import Join
 from pipeline.runtime.node import Mode, NodeTask, hub_endpoint, run_node
 from pipeline.runtime.outlet import Messages, Outlet
 from pipeline.runtime.rehearsal import settle
@@ -40,6 +42,15 @@ END_S = 1.0
 MAX_HEARD = 256
 
 
+def _ledger(config: PipelineConfig, mode: Mode) -> Dispatcher:
+    """For this topology; in replay nothing gets too old."""
+    settings, live = config.supervisor, mode == "live"
+    age_ns = round(settings.max_age_ms * 1e6) if live else None
+    if config.beside is None:
+        return Dispatcher(config.topology, age_ns)
+    return Join(config.topology, age_ns, round(settings.beside_ms * 1e6) if live else None)
+
+
 class NodeFailure(PipelineError):
     """A node said why it could not go on; its own exit code is kept."""
 
@@ -55,18 +66,17 @@ class Supervisor:
         self, config: PipelineConfig, mode: Mode, sensor: Sensor, shape: tuple[int, int]
     ) -> None:
         self._config, self._mode, self._sensor, self._shape = config, mode, sensor, shape
-        age_ns = round(config.supervisor.max_age_ms * 1e6) if mode == "live" else None
-        self._dispatcher = Dispatcher(config.topology, age_ns)
+        self._dispatcher = _ledger(config, mode)
         self._children = Children(run_node, config.supervisor, self._on_gone)
         self._taken = multiprocessing.get_context("spawn").RawValue("q", 0)
         self._started = False
         self._stopping = False
         self._drained_by = math.inf
         self._next_housekeeping = 0.0
-        self._reloader = Reloader(self._children, self._dispatcher)
         self._failure: PipelineError | None = None  # after which the stream still ends
         self._dead_letters = DeadLetters(config.dead_letters, config.digest)
         self.telemetry = Telemetry()
+        self._reloader = Reloader(self._children, self._dispatcher, self.telemetry)
 
     # --- beginning and end -----------------------------------------------------------------
 
@@ -104,7 +114,9 @@ class Supervisor:
                     taken=self._taken,
                 )
                 for replica in range(node.replicas):
-                    self._children.add(f"{node.name}.{replica}", row, task)
+                    name = f"{node.name}.{replica}"
+                    vital = not node.beside or self._mode == "replay"
+                    self._children.add(name, row, task, vital=vital)
             self._children.watch()
             self._cleanup = stack.pop_all()
         return self
@@ -179,19 +191,24 @@ class Supervisor:
         self._dispatcher.expire(time.monotonic_ns())
         for worker, job in self._dispatcher.assign():
             word = Word("work", job.seq, t_ns=job.t_ingest_ns)
+            if isinstance(job.beside, Dropped):
+                self._hub.send(worker, Word("beside", job.seq, text=job.beside.reason))
+            elif job.beside is not None:
+                self._hub.send(worker, Word("beside", job.seq), job.beside)
             self._hub.send(worker, word, job.parts)  # not there: it is dead, and will be buried
         front = self._children.all[0]
         if self._started and front.ready and (room := self._dispatcher.grant()):
             self._hub.send(front.identity, Word("grant", room))
+        self._reloader.turn(self._dispatcher.outcomes, self._hub)
         self._outlet.put_all(self._dispatcher.outcomes)
         return self._dispatcher.ended and not len(self._dispatcher)
 
     def _keep_house(self, now: float) -> None:
         self._next_housekeeping = now + HOUSEKEEPING_S
         self._children.watch()
-        if self._started and (config := self._reloader.look_after(self._config, self._hub)):
-            self._config = config
-            self._outlet.output.config = config.digest
+        if self._started and (taken := self._reloader.look_after(self._config, self._hub)):
+            first, self._config = taken
+            self._outlet.output.configure(first, self._config.digest)
         self._publisher.listen()
         self._outlet.output.beat()
         if not self._started:
@@ -205,7 +222,8 @@ class Supervisor:
     def _start_when_ready(self) -> None:
         ready = all(child.ready for child in self._children.all)
         if ready and self._publisher.subscribers >= self._config.publish.wait_for:
-            settle()
+            if self._mode == "live":
+                settle()
             self._started = True
             self._outlet.output.start()
 
@@ -248,12 +266,14 @@ class Supervisor:
                 self._dispatcher.ready(identity, child.row)
             else:
                 self._dispatcher.front_is_new()
+        elif word.kind == "faulted" or (
+            word.kind == "failed" and self._started and not child.vital
+        ):
+            child.last_words = word.text
         elif word.kind == "failed":
             self._failure = NodeFailure(word.text, word.code)
             if child.row > 0 or not child.ready:
                 raise self._failure
-        elif word.kind == "faulted":
-            child.last_words = word.text
         elif child.row == 0:
             self._hear_front(child, word, parts[1:])
         else:
@@ -262,6 +282,9 @@ class Supervisor:
     def _hear_front(self, child: Child, word: Word, parts: list[Any]) -> None:
         if word.kind == "result":
             self._dispatcher.take(word.seq, word.t_ns, parts)
+            self._reloader.offer(word.seq, word.t_ns, parts)
+        elif word.kind == "frame" and isinstance(self._dispatcher, Join):
+            self._dispatcher.show(word.seq, word.t_ns, parts)
         elif word.kind == "lost":
             self._dispatcher.lose(word.seq, word.end, word.stage, word.text)
         elif word.kind == "end":
@@ -282,7 +305,7 @@ class Supervisor:
             self._malformed(job, word.text)
 
     def _malformed(self, job: Job, cause: str) -> None:
-        node = self._config.topology[job.row].name
+        node = self._dispatcher.node_of(job)
         self._dead_letters.keep(job.parts, f"frame {job.seq} at node {node}: {cause}")
         self._dispatcher.give_up(job, f"malformed message: {cause}"[:200], "transport")
 

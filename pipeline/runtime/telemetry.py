@@ -34,6 +34,9 @@ class Telemetry:
         self._frames = Counter(
             "frames", "Frames by what became of them", ["outcome", "stage"], **given
         )
+        self._unfused = Counter(
+            "unfused_frames", "Published without the word of the node beside the flow", **given
+        )
         self._targets = Counter("targets", "Targets published", **given)
         self._stage = Histogram(
             "stage_seconds", "Time in a stage or on a hop, with waiting", ["stage"],
@@ -56,6 +59,10 @@ class Telemetry:
         self._held_back = Counter(
             "subscriber_overflows", "Messages some slow subscriber went without", **given
         )
+        self._swaps = Counter(
+            "swaps", "Engine swaps asked for, and the figure that one was refused for",
+            ["outcome", "figure"], **given,
+        )  # fmt: skip
         self._build = Info("run", "Engine and configuration", **given)
         self._described: tuple[str, str] | None = None
         self._processes_at = 0.0
@@ -89,6 +96,7 @@ class Telemetry:
         elif message["schema"] == "irst.targets/1":
             self._frames.labels("published", "").inc()
             self._targets.inc(len(message["targets"]["id"]))
+            self._unfused.inc(bool(message.get("fusion", {}).get("missing")))
             self._age.observe(message["age_ns"] / 1e9)
             self._last.set(time.time())
             for stage, ns in message["stage_ns"].items():
@@ -96,6 +104,11 @@ class Telemetry:
             if self._described != (described := (message["engine"], message["config"])):
                 self._described = described
                 self._build.info({"engine": message["engine"], "config": message["config"]})
+
+    def count_swap(self, refused_for: str | None) -> None:
+        """Another configuration has taken over, or was refused for a figure."""
+        outcome = "taken" if refused_for is None else "refused"
+        self._swaps.labels(outcome, refused_for or "").inc()
 
     def observe(
         self,

@@ -8,15 +8,19 @@ every edge blocks. `budget_ms` is what the node may take for a frame of 16 group
 those it may run on, None = all. `refine` goes after `unmix` in the unmix node
 (configs/refine.yaml); `fuse` has its place before `report` in the back node. A stage runs where a
 configuration names it. What a node takes and gives follows from its stages: `flow_types`.
+
+The last row, `yolo`, stands beside the flow: given stages (`recognise`, see configs/fusion.yaml) it
+gets every frame while the others work on it, and what it answers in time joins the flow at the
+stage that takes it, `fuse`. What it sheds or loses is only its answer, not the frame.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from pipeline.component import Stage, component
 from pipeline.errors import PipelineError
-from pipeline.messages import Frame, TargetReport
+from pipeline.messages import Frame, Objects, Seen, TargetReport
 
 Overflow = Literal["block", "drop-oldest", "fail"]
 
@@ -32,6 +36,7 @@ class Node:
     overflow: Overflow = "block"
     budget_ms: float = 2.0
     cores: tuple[int, ...] | None = None
+    beside: bool = False
 
 
 TOPOLOGY = (
@@ -39,7 +44,23 @@ TOPOLOGY = (
     Node("front", ("detect", "crop"), 1, 16, "drop-oldest", 2.5),  # Frame → Patches
     Node("unmix", ("unmix",), 1, 2, "block", 5.0),  # Patches → Unmixed
     Node("back", ("report",), 1, 16, "block", 1.0),  # Unmixed → TargetReport
+    Node("yolo", (), 1, 1, "drop-oldest", 100.0, beside=True),  # Frame → Objects, joins at `fuse`
 )
+
+
+def running(topology: Iterable[Node]) -> tuple[Node, ...]:
+    """The rows that are run: all but a node beside the flow without stages."""
+    return tuple(node for node in topology if node.stages or not node.beside)
+
+
+def joining_row(rows: Sequence[Node]) -> int:
+    """Number of the row with the stage that takes what a node beside the flow answers."""
+    return next(number for number, node in enumerate(rows) if any(map(joins, node.stages)))
+
+
+def joins(stage: str) -> bool:
+    """True if a stage takes `Seen`: the flow's message and the answer from beside it."""
+    return stage_types(component("stage", stage))[0] is Seen
 
 
 def flow_types(topology: Iterable[Node], where: str = "topology") -> list[tuple[str, str]]:
@@ -48,28 +69,49 @@ def flow_types(topology: Iterable[Node], where: str = "topology") -> list[tuple[
     A node without stages passes on what comes. Raises PipelineError, beginning with `where`,
     if a stage does not take what comes to it, runs twice, or no TargetReport comes out.
     """
+    *rows, last = running(topology)
+    if not last.beside:
+        return _types([*rows, last], TargetReport, where)
+    if not any(joins(stage) for node in rows[1:] for stage in node.stages):
+        raise PipelineError(
+            f"{where}: topology.{last.name}: nobody takes what it says; "
+            "let topology.back.stages be [report, fuse]"
+        )
+    return _types(rows, TargetReport, where, beside=True) + _types([last], Objects, where)
+
+
+def _types(
+    rows: Sequence[Node], ends: type[Any], where: str, *, beside: bool = False
+) -> list[tuple[str, str]]:
+    """Of consecutive nodes, from a Frame to `ends`; beside: a node beside them has its say."""
     flowing: type[Any] = Frame
     seen: set[str] = set()
     types = []
-    name = ""
-    for node in topology:
-        takes, name = flowing, node.name
+    for node in rows:
+        takes = flowing
         for stage in node.stages:
             place = f"{where}: topology.{node.name}.stages: `{stage}`"
             wanted, given = stage_types(component("stage", stage))
-            if wanted is not flowing:
+            if wanted is Seen and not beside:
                 raise PipelineError(
-                    f"{place} takes {wanted.__name__}, but {flowing.__name__} comes there"
+                    f"{place} takes what a node beside the flow says, and there is none; "
+                    "let topology.yolo.stages be [recognise]"
+                )
+            needed = TargetReport if wanted is Seen else wanted
+            if needed is not flowing:
+                raise PipelineError(
+                    f"{place} takes {needed.__name__}, but {flowing.__name__} comes there"
                 )
             if stage in seen:
                 raise PipelineError(f"{place} is there already; a stage runs once")
             seen.add(stage)
             flowing = given
         types.append((takes.__name__, flowing.__name__))
-    if flowing is not TargetReport:
+    if flowing is not ends:
+        stage = "report" if ends is TargetReport else "recognise"
         raise PipelineError(
-            f"{where}: topology.{name}.stages: the flow ends with {flowing.__name__}, "
-            "but must end with TargetReport; let `report` be the last stage"
+            f"{where}: topology.{rows[-1].name}.stages: the flow ends with {flowing.__name__}, "
+            f"but must end with {ends.__name__}; let `{stage}` be the last stage"
         )
     return types
 

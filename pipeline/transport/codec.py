@@ -34,6 +34,7 @@ TYPES: dict[str, type[Any]] = {
         messages.Patches,
         messages.Unmixed,
         messages.TargetReport,
+        messages.Objects,
         messages.Dropped,
     )
 }

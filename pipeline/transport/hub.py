@@ -3,6 +3,9 @@
 Every message is a word, a small MessagePack list, and the parts of a pipeline message if one goes
 with it. A node says only what it is asked for: the front sends as many frames as it was granted,
 a worker answers what it was given. So no queue is hidden in a socket, where a death would lose it.
+Where a node stands beside the flow, the front also sends each `frame` itself, ahead of what it
+makes of it; the answer goes ahead of the work it belongs to, as `beside`, or the text says why
+there is none.
 """
 
 from dataclasses import dataclass, fields
@@ -16,8 +19,10 @@ from pipeline.transport.sockets import COPY_BELOW_BYTES, bind, new_socket
 
 MAX_WORD_BYTES = 16384
 MAX_TEXT = 2000
-TO_NODE = frozenset({"grant", "work", "stop"})
-FROM_NODE = frozenset({"ready", "alive", "result", "lost", "malformed", "failed", "faulted", "end"})
+TO_NODE = frozenset({"grant", "work", "beside", "stop"})
+FROM_NODE = frozenset(
+    {"ready", "alive", "frame", "result", "lost", "malformed", "failed", "faulted", "end"}
+)
 
 
 @dataclass(frozen=True)

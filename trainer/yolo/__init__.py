@@ -1,0 +1,1 @@
+"""A detector of frames in the layout of YOLO: drawn scenes, network, training, calibration."""
