@@ -116,6 +116,8 @@ class Trial:
     def _take_in(self, whose: str, job: Job) -> None:
         try:
             message, trace, _ = codec.decode(job.parts)
+            if not isinstance(message, TargetReport):
+                raise codec.CodecError("not a report")
         except codec.CodecError as error:
             raise Refused("lost", f"frame {job.seq}: malformed message: {error}") from error
         self._made[whose] = message, trace
