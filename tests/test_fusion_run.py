@@ -187,6 +187,27 @@ def test_a_detector_that_keeps_dying_never_ends_the_run(run_dir, tiny):  # noqa:
     assert "restarting in 30 s" in stderr
 
 
+def test_another_detector_takes_over_and_no_frame_is_lost(run_dir, tiny, tmp_path):  # noqa: F811
+    other = write_tiny_yolo(tmp_path, width=320, centre_sigma_px=2.0)
+    process = live(run_dir, tiny)
+    first_status(process)
+    subscriber = Subscriber(f"ipc://{run_dir}/out")
+    messages = listen(subscriber, is_fused)
+    first = messages[-1]["fusion"]["detector"]
+    file = run_dir / "config.yaml"
+    file.write_text(file.read_text().replace(str(tiny), str(other)))
+    process.send_signal(signal.SIGUSR1)
+    messages += listen(subscriber, lambda m: is_fused(m) and m["fusion"]["detector"] != first)
+    subscriber.close()
+    assert {message["schema"] for message in messages} == {"irst.targets/1"}, "no gap"
+    numbers = [message["frame_seq"] for message in messages]
+    assert numbers == list(range(numbers[0], numbers[-1] + 1)), "in order, each once"
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 0, stderr
+    assert totals(stdout)[2] == 0
+
+
 def test_a_detector_that_cannot_be_had_is_said_before_the_first_frame(run_dir):  # noqa: F811
     process = live(run_dir, "nowhere.onnx")
     _, stderr = process.communicate(timeout=60)
