@@ -6,7 +6,7 @@ engine:   default
 detect:   {false_alarms_per_frame: 0.1} # a section for each stage of the flow
 topology: {unmix: {replicas: 2}}
 publish:  {endpoint: tcp://127.0.0.1:5556}
-supervisor, telemetry, dead_letters: see docs/operations.md
+supervisor, telemetry, dead_letters, swap: see docs/operations.md
 """
 
 import hashlib
@@ -26,6 +26,7 @@ from pipeline.runtime.settings import (
     NodeSettings,
     PublishSettings,
     SupervisorSettings,
+    SwapSettings,
     TelemetrySettings,
 )
 from pipeline.runtime.topology import TOPOLOGY, Node, flow_types, running
@@ -40,6 +41,7 @@ RUNTIME_SECTIONS: dict[str, type[Any]] = {
     "supervisor": SupervisorSettings,
     "telemetry": TelemetrySettings,
     "dead_letters": DeadLetterSettings,
+    "swap": SwapSettings,
 }
 
 
@@ -57,6 +59,7 @@ class PipelineConfig:
     supervisor: SupervisorSettings
     telemetry: TelemetrySettings
     dead_letters: DeadLetterSettings
+    swap: SwapSettings
 
     @property
     def stage_names(self) -> list[str]:

@@ -34,6 +34,7 @@ topology: {{unmix: {{replicas: 2}}}}
 unmix: {{threads: 1}}
 publish: {{endpoint: "ipc://{folder}/out", wait_for: 1}}
 supervisor: {{name: {name}, restarts: 10000, stall_s: 2}}
+swap: {{frames: 5, matched: 0, counted: 0, slower: 20, within_s: 10}}
 dead_letters: {{folder: "{folder}/letters"}}
 """
 DEAF = """

@@ -36,11 +36,18 @@ class ILogger:
 
 
 class IRuntimeConfig:
-    strategy = None
+    _strategy = None
     dynamic_shapes_kernel_specialization_strategy = None
 
     def set_execution_context_allocation_strategy(self, strategy) -> None:
-        self.strategy = strategy
+        self._strategy = strategy
+
+    def create_runtime_cache(self) -> object:
+        return object()
+
+    def set_runtime_cache(self, cache: object) -> bool:
+        self._cache = cache
+        return True
 
 
 class IExecutionContext:
@@ -78,7 +85,8 @@ class IExecutionContext:
             sigma = float(fake.floats(self.addresses["sigma_px"], 1)[0])
 
         def compute() -> None:
-            made[...] = np.resize(2.0 * given + np.float32(sigma), made.shape)
+            for row, out in zip(2.0 * given + np.float32(sigma), made, strict=True):
+                out[...] = np.resize(row, len(out))
 
         fake.queue(stream, compute)
         return True
@@ -117,7 +125,7 @@ class ICudaEngine:
     def create_execution_context(self, how) -> IExecutionContext:
         if isinstance(how, IRuntimeConfig):
             assert how.dynamic_shapes_kernel_specialization_strategy is not None
-            how = how.strategy
+            how = how._strategy
         assert how is ExecutionContextAllocationStrategy.USER_MANAGED
         return IExecutionContext(self)
 

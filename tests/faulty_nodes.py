@@ -4,9 +4,12 @@ import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
+from pipeline.errors import PipelineError
 from pipeline.runtime import node
 from pipeline.runtime.flow import Flow
+from pipeline.stages.unmix import Unmix
 
 FRAME = 3
 
@@ -86,6 +89,21 @@ def lying(task):
             whole(socket, message, trace)
 
     node._send = send
+    node.run_node(task)
+
+
+def as_its_engine_is_called(task):
+    """An unmix node with the engine `slow` takes 400 ms more, with `failing` it can do no frame."""
+    whole, name = Unmix.process, Path(task.config.engine).stem
+
+    def process(self, message):
+        if name == "slow":
+            time.sleep(0.4)
+        elif name == "failing":
+            raise PipelineError("cannot")
+        return whole(self, message)
+
+    Unmix.process = process
     node.run_node(task)
 
 

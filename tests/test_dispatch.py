@@ -1,5 +1,7 @@
 """The ledger: whatever happens to workers, each frame has exactly one outcome."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -147,3 +149,39 @@ def test_numbers_the_front_leaves_out_are_named():
     dispatcher.take(2, 0, [b"raw"])
     dispatcher.end(5)
     assert [outcome.seq for outcome in dispatcher.outcomes] == [0, 1, 3, 4]
+
+
+def test_what_was_begun_is_finished_by_the_workers_it_was_begun_by():
+    front, unmix, back = table(replicas=2, queue=8)
+    dispatcher = Dispatcher((front, unmix, replace(back, queue=16)), 1000 * MS)
+    for worker, row in ((b"unmix.0#0", 1), (b"unmix.1#0", 1), (b"back.0#0", 2)):
+        dispatcher.ready(worker, row)
+    taken(dispatcher, 7)
+    held = {job.seq: worker for worker, job in dispatcher.assign()}
+    assert sorted(held) == [0, 1, 2, 3]
+    dispatcher.gone(held[0])  # 0 waits again, the last one begun is 3
+    first = dispatcher.supersede()
+    assert first == max(seq for seq, worker in held.items() if worker != held[0]) + 1
+    for worker, row in ((b"unmix.0#1", 1), (b"unmix.1#1", 1), (b"back.0#1", 2)):
+        dispatcher.ready(worker, row)
+    done: dict[int, set[bytes]] = {seq: set() for seq in range(7)}
+    work = [(worker, seq) for seq, worker in held.items() if worker != held[0]]
+    while dispatcher.superseding or len(dispatcher):
+        work += [(worker, job.seq) for worker, job in dispatcher.assign()]
+        worker, seq = work.pop(0)
+        done[seq].add(worker[-1:])
+        dispatcher.forward(dispatcher.answer(worker, seq), [b"done"])
+    for seq, generations in done.items():
+        assert generations == ({b"0"} if seq < first else {b"1"})
+    assert len(dispatcher.outcomes) == 7
+
+
+def test_where_the_old_workers_are_dead_the_new_ones_finish():
+    dispatcher = Dispatcher(table(replicas=1, queue=4), 1000 * MS)
+    dispatcher.ready(b"unmix.0#0", 1)
+    taken(dispatcher, 3)
+    list(dispatcher.assign())
+    assert dispatcher.supersede() == 2
+    dispatcher.gone(b"unmix.0#0")
+    dispatcher.ready(b"unmix.0#1", 1)
+    assert [job.seq for _, job in dispatcher.assign()] == [0, 1]

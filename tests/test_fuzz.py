@@ -5,9 +5,11 @@ is the long run.
 """
 
 import contextlib
+import functools
 import os
 import resource
 import shutil
+import time
 from pathlib import Path
 
 import msgpack
@@ -34,8 +36,9 @@ from pipeline.transport.security import ClientKeys, make_keys
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
 GROWTH_BYTES = 100 << 20
+HANG_S = 5.0
 ROUND = 5000
-"""Examples hypothesis makes in one go: it remembers each, a hundred thousand are 100 MB."""
+"""Examples hypothesis makes in one go: it remembers each, a hundred thousand are over 100 MB."""
 CHANGES = st.lists(
     st.tuples(
         st.sampled_from(["set", "insert", "delete", "cut", "double"]),
@@ -65,14 +68,21 @@ def changed(data: bytes, changes) -> bytes:
 
 
 def fuzz(test, *inputs):
-    """Run a test on EXAMPLES inputs, the same ones every time."""
+    """Run a test on EXAMPLES inputs, the same ones every time; none may take HANG_S of a core."""
+
+    @functools.wraps(test)
+    def timed(*values, **named):
+        began_s = time.process_time()
+        test(*values, **named)
+        assert time.process_time() - began_s < HANG_S
+
     for number, done in enumerate(range(0, EXAMPLES, ROUND)):
         once = settings(
             max_examples=min(ROUND, EXAMPLES - done),
-            deadline=5000,
+            deadline=None,
             database=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.nested_given],
-        )(given(*inputs)(test))
+        )(given(*inputs)(timed))
         seed(number)(once)()
 
 

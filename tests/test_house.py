@@ -1,8 +1,11 @@
 """What a newcomer meets first: README, ./run, the container files, the commands' help."""
 
+import math
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,6 +114,7 @@ def test_the_service_runs_a_valid_configuration_and_never_retries_a_wrong_one():
     assert "RestartPreventExitStatus=2" in unit
     assert "RuntimeDirectory=irst\n" in unit
     assert "StateDirectory=irst\n" in unit
+    assert "CacheDirectory=irst\n" in unit and "NUMBA_CACHE_DIR=/var/cache/irst/" in unit
     assert str(load_config(config).dead_letters.folder).startswith("/var/lib/irst/")
 
 
@@ -120,6 +124,27 @@ def test_the_container_is_healthy_while_its_figures_are_there():
     assert pipeline["healthcheck"]["test"] == ["CMD", "pipeline", "watch", "--count", "1"]
     config = load_config(ROOT / "configs" / Path(pipeline["command"][2]).name)
     assert config.telemetry.metrics == DEFAULT_METRICS
+
+
+def test_containers_that_are_read_only_have_a_place_for_what_is_compiled():
+    compose = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
+    assert compose["services"]["pipeline"]["tmpfs"][0].startswith("/tmp:")
+    for kind in ("cpu", "gpu"):
+        text = (ROOT / "docker" / f"Dockerfile.{kind}").read_text()
+        assert "NUMBA_CACHE_DIR=/tmp/numba\n" in text
+
+
+def test_without_such_a_place_each_process_compiles_for_itself():
+    loop = "from pipeline.physics.patch_model import log_cdf; print(log_cdf(0.0))"
+    result = subprocess.run(
+        [sys.executable, "-c", loop],
+        env={**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) == pytest.approx(math.log(0.5))
 
 
 def test_operations_tells_of_every_metric_and_its_commands_work(command, tmp_path):

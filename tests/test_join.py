@@ -171,16 +171,16 @@ def test_a_frame_that_was_not_shown_is_not_waited_for():
     assert given_out(join)[b"back.0#1", 0].beside == Dropped(0, "yolo", "was not asked")
 
 
-def test_it_retires_workers_of_both():
+def test_it_supersedes_workers_of_both():
     join = ledger()
     show_and_take(join, 0)
     given_out(join)
-    assert not join.is_idle(b"yolo.0#1")
-    join.retire(b"yolo.0#1")
+    assert join.supersede() == 1 and join.superseding
+    join.ready(b"yolo.0#2", 3)
     show_and_take(join, 1)
-    assert not any(worker == b"yolo.0#1" for worker, _ in given_out(join))
+    given = {worker for worker, _ in given_out(join)}
+    assert b"yolo.0#2" in given and b"yolo.0#1" not in given
     done(join, b"yolo.0#1", 0)
-    assert join.is_idle(b"yolo.0#1")
     assert set(join.depths()) == {"unmix", "back", "yolo"}
 
 

@@ -381,7 +381,7 @@ def engines_of(subscriber: Subscriber, until: Callable[[set[str]], bool]) -> lis
 
 def test_another_engine_takes_over_without_losing_a_frame(run_dir):
     scene = SCENE.format(rate=10, folder=run_dir).replace("{name", "{max_age_ms: 20000, name")
-    scene += "topology: {front: {queue: 100}}\n"
+    scene += "topology: {front: {queue: 100}}\nswap: {frames: 0}\n"
     process = start(run_dir, scene + "engine: off_grid_any\n")
     first_status(process)
     subscriber = Subscriber(f"ipc://{run_dir}/out")

@@ -42,10 +42,13 @@ def test_figures_are_served_read_and_named_as_prometheus_wants_them():
             telemetry.count(targets(seq, age_ms=3))
         telemetry.count(targets(99, age_ms=900))
         telemetry.count({"schema": "irst.gap/1", "frame_seq": 100, "stage": "source"})
+        telemetry.count_swap(None)
+        telemetry.count_swap("matched")
         look = read_figures(address)
     assert look.get("irst_frames_total", "published", "") == 100
     assert look.get("irst_frames_total", "dropped", "source") == 1
     assert look.get("irst_targets_total") == 200
+    assert look.values["irst_swaps_total"] == {("", "taken"): 1.0, ("matched", "refused"): 1.0}
     assert look.values["irst_run_info"] == {("beef", "cafe"): 1.0}
     assert quantile_s(look, None, "irst_publish_age_seconds", 0.5) == 0.004
     assert quantile_s(look, None, "irst_publish_age_seconds", 1.0) == 1.0

@@ -295,6 +295,8 @@ def _graph(model: Path, manifest: Manifest, precision: Precision, target: Target
     graph = read_model(model)
     if precision == "int8":
         changed = quantized(graph, _inputs(manifest))
+        if target.startswith("tensorrt"):  # what is not int8 need not be float32
+            changed = with_precision(changed, "f16")
     else:
         changed = with_precision(graph, precision)
     return bytes(changed.SerializeToString(deterministic=True))

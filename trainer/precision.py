@@ -118,10 +118,22 @@ class _Halved:
         self._nodes.append(node)
 
     def _stays(self, node: NodeProto) -> bool:
-        if node.op_type in EXACT:
+        if node.op_type in EXACT or any(self._lost(name) for name in node.input):
             return True
         moved = [name for name in node.input if name in self._float and name not in self._weights]
         return node.op_type in MOVES and not self._made_half.intersection(moved)
+
+    def _lost(self, name: str) -> bool:
+        """A single number half precision has nothing near, like the 1e-12 that keeps from 0 / 0."""
+        if name not in self._weights or name not in self._float:
+            return False
+        exact = numpy_helper.to_array(self._weights[name])
+        off = np.abs(self._rounded(exact).astype(np.float32) - exact)
+        return bool(exact.size == 1 and not np.all(off <= 0.01 * np.abs(exact)))
+
+    def _rounded(self, exact: NDArray[np.float32]) -> NDArray[Any]:
+        with np.errstate(over="ignore"):
+            return exact.astype(helper.tensor_dtype_to_np_dtype(self._half))
 
     def _halve(self, node: NodeProto, attribute: onnx.AttributeProto) -> None:
         """Constants inside a node, and what a Cast casts to."""
@@ -147,7 +159,7 @@ class _Halved:
 
     def _halved(self, tensor: TensorProto, name: str) -> TensorProto:
         exact = numpy_helper.to_array(tensor)
-        half = exact.astype(helper.tensor_dtype_to_np_dtype(self._half))
+        half = self._rounded(exact)
         if not np.array_equal(np.isfinite(half.astype(np.float32)), np.isfinite(exact)):
             raise TrainerError(
                 f"weight {tensor.name}: {np.abs(exact).max():.3g} is beyond {self._precision}; "

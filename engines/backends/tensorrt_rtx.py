@@ -7,17 +7,23 @@ from engines.base import Kind
 from engines.build import Build
 from engines.cuda.driver import Gpu
 
+ON_REQUEST = ("75",)
+"""Turing: engines are for it only if built for it alone."""
+
 
 class TensorrtRtx(Tensorrt[Kind]):
     """Runs what `trainer compile --target tensorrt-rtx` built."""
 
     name = "tensorrt_rtx"
 
+    _kernels: Any = None
+    """What was compiled on this GPU so far, shared by all execution contexts."""
+
     @classmethod
     def _unfit(cls, trt: Any, build: Build, here: Gpu) -> list[str]:  # noqa: ARG003
-        """The GPU, if it is none of those the library knows, SM75 and so on."""
+        """The GPU, if the library, as it builds without being told of one, does not serve it."""
         known = [n[2:] for n in trt.ComputeCapability.__members__ if n.startswith("SM")]
-        runs = [f"{digits[:-1]}.{digits[-1]}" for digits in known]
+        runs = [f"{digits[:-1]}.{digits[-1]}" for digits in known if digits not in ON_REQUEST]
         if here.compute_capability in runs:
             return []
         return [
@@ -34,4 +40,7 @@ class TensorrtRtx(Tensorrt[Kind]):
         config.dynamic_shapes_kernel_specialization_strategy = (
             trt.DynamicShapesKernelSpecializationStrategy.EAGER
         )
+        if self._kernels is None:
+            self._kernels = config.create_runtime_cache()
+        config.set_runtime_cache(self._kernels)
         return self._engine.create_execution_context(config)

@@ -22,12 +22,7 @@ def float32(image: NDArray[Any]) -> Image:
 
 def block_samples(image_HW: Image, block_px: int) -> Image:
     """Sorted values (rows, columns, BLOCK_SAMPLES²) of each block of about block_px squared."""
-    height, width = image_HW.shape
-    rows, columns = max(round(height / block_px), 1), max(round(width / block_px), 1)
-    grid = (columns * BLOCK_SAMPLES, rows * BLOCK_SAMPLES)
-    samples = cv2.resize(image_HW, grid, interpolation=cv2.INTER_NEAREST)
-    samples = samples.reshape(rows, BLOCK_SAMPLES, columns, BLOCK_SAMPLES).swapaxes(1, 2)
-    return float32(np.sort(samples.reshape(rows, columns, -1), axis=-1))
+    return float32(np.sort(_samples(image_HW, block_px), axis=-1))
 
 
 def block_sigma(image_HW: Image, block_px: int) -> Image:
@@ -35,6 +30,15 @@ def block_sigma(image_HW: Image, block_px: int) -> Image:
 
     Few samples may by chance say too little: a block is no quieter than those around it.
     """
-    ordered = block_samples(np.abs(image_HW), block_px)
+    ordered = np.sort(np.abs(_samples(image_HW, block_px)), axis=-1)
     spread = ordered[..., round(WITHIN_SIGMA * BLOCK_SAMPLES**2)]
     return float32(np.maximum(spread, cv2.blur(spread, (3, 3))))
+
+
+def _samples(image_HW: Image, block_px: int) -> Image:
+    height, width = image_HW.shape
+    rows, columns = max(round(height / block_px), 1), max(round(width / block_px), 1)
+    grid = (columns * BLOCK_SAMPLES, rows * BLOCK_SAMPLES)
+    samples = cv2.resize(image_HW, grid, interpolation=cv2.INTER_NEAREST)
+    samples = samples.reshape(rows, BLOCK_SAMPLES, columns, BLOCK_SAMPLES).swapaxes(1, 2)
+    return float32(samples.reshape(rows, columns, -1))

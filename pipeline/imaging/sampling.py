@@ -24,6 +24,8 @@ def values_at(image_HW: NDArray[Any], xy: Integers) -> NDArray[Any]:
 
 def _mirrored(index: Integers, length: int) -> Integers:
     last = length - 1
+    if index.size and index.min() >= 0 and index.max() <= last:
+        return index
     mirrored: Integers = last - np.abs(last - np.abs(index))
     return mirrored
 

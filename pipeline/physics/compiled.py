@@ -9,4 +9,22 @@ from typing import Any
 
 from numba import njit
 
-compiled: Any = njit(cache=True, error_model="numpy")
+
+def _nothing() -> None:
+    pass
+
+
+def _place_for_cache() -> bool:
+    """False where Numba may write neither to NUMBA_CACHE_DIR, the source, nor its user's cache.
+
+    Then every process compiles for itself; for unmixing that takes 17 s of a core.
+    """
+    try:
+        njit(cache=True)(_nothing)
+    except RuntimeError:
+        return False
+    return True
+
+
+CACHED = _place_for_cache()
+compiled: Any = njit(cache=CACHED, error_model="numpy")

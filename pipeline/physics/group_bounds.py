@@ -127,12 +127,56 @@ def _inverse(information):
     for p in range(size):
         for q in range(size):
             scaled[p, q] = information[p, q] * scale[p] * scale[q]
-    values, vectors = np.linalg.eigh(scaled)
     bound = np.zeros((size, size))
+    # The sum of one over the eigenvalues: small enough, and none of them is near the floor.
+    if not _inverted(scaled, bound) < 1e-3 / FLOOR:
+        _inverted_above_floor(scaled, bound)
+    for p in range(size):
+        for q in range(size):
+            bound[p, q] *= scale[p] * scale[q]
+    return bound
+
+
+@compiled
+def _inverted(matrix, inverse):
+    """Fill the inverse by Cholesky's factor; returns its trace, infinite where there is none."""
+    size = len(matrix)
+    lower = np.zeros((size, size))  # inverse of the factor
+    factor = np.zeros((size, size))
+    for p in range(size):
+        for q in range(p + 1):
+            total = matrix[p, q]
+            for n in range(q):
+                total -= factor[p, n] * factor[q, n]
+            if p > q:
+                factor[p, q] = total / factor[q, q]
+            elif total > 0.0:
+                factor[p, p] = math.sqrt(total)
+            else:
+                return math.inf
+        lower[p, p] = 1.0 / factor[p, p]
+        for q in range(p):
+            total = 0.0
+            for n in range(q, p):
+                total -= factor[p, n] * lower[n, q]
+            lower[p, q] = total / factor[p, p]
+    trace = 0.0
     for p in range(size):
         for q in range(p + 1):
             total = 0.0
-            for n in range(size):
-                total += vectors[p, n] * vectors[q, n] / max(values[n], FLOOR)
-            bound[p, q] = bound[q, p] = total * scale[p] * scale[q]
-    return bound
+            for n in range(p, size):
+                total += lower[n, p] * lower[n, q]
+            inverse[p, q] = inverse[q, p] = total
+        trace += inverse[p, p]
+    return trace
+
+
+@compiled
+def _inverted_above_floor(matrix, inverse):
+    """Fill the inverse with no eigenvalue below the floor."""
+    values, vectors = np.linalg.eigh(matrix)
+    for p in range(len(matrix)):
+        for q in range(len(matrix)):
+            inverse[p, q] = 0.0
+            for n in range(len(matrix)):
+                inverse[p, q] += vectors[p, n] * vectors[q, n] / max(values[n], FLOOR)

@@ -11,6 +11,7 @@ import math
 import numpy as np
 from numba import njit, prange
 
+from pipeline.physics.compiled import CACHED
 from pipeline.physics.patch_model import (
     EXPECTED,
     OBSERVED,
@@ -161,7 +162,7 @@ def _fit_one(counts, level, usable, parameters, prior, precision, wall, sensor, 
     return best, converged, reduced_chi2(counts, usable, mean, sensor, precision), normal
 
 
-@njit(cache=True, parallel=True, error_model="numpy")
+@njit(cache=CACHED, parallel=True, error_model="numpy")
 def fit_patches(
     counts, level, usable, targets, present, shared, prior, precision, shared_prior,
     shared_precision, wall, sensor, iterations, log_likelihood, converged, chi2, normal,

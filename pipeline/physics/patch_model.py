@@ -12,6 +12,7 @@ import math
 
 from numba import njit
 
+from pipeline.physics.compiled import CACHED
 from pipeline.physics.noise import ROUNDING_VARIANCE
 
 ROUNDED_AWAY = 0.3
@@ -22,7 +23,7 @@ OBSERVED, EXPECTED = True, False
 _ROOT2 = math.sqrt(2.0)
 _LOG_2PI = math.log(2.0 * math.pi)
 _FAR = -30.0
-compiled = njit(cache=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
+compiled = njit(cache=CACHED, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
 
 
 @compiled

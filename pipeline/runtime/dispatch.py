@@ -34,6 +34,7 @@ class Job:
     row: int
     worker: bytes | None = None
     deaths: int = 0
+    superseded: bool = False  # to be finished by the workers that are retired
     beside: list[Any] | Dropped | None = None
 
 
@@ -63,7 +64,7 @@ class Dispatcher:
     def __init__(self, topology: Sequence[Node], max_age_ns: int | None) -> None:
         live = max_age_ns is not None
         self._rows = [_Row(node, node.overflow if live else "block") for node in topology]
-        self._max_age_ns = max_age_ns
+        self.max_age_ns = max_age_ns
         self._jobs: dict[int, Job] = {}
         self._retired: set[bytes] = set()  # workers that are given nothing more
         self._granted = 0  # frames the front may still send
@@ -113,13 +114,22 @@ class Dispatcher:
         """A worker can be given frames."""
         self._rows[row].workers.setdefault(worker, {})
 
-    def retire(self, worker: bytes) -> None:
-        """A worker is to finish what it holds, and gets nothing more."""
-        self._retired.add(worker)
+    def supersede(self) -> int:
+        """All workers are to finish the frames begun, and nothing more; the first of the others.
 
-    def is_idle(self, worker: bytes) -> bool:
-        """True if a worker holds nothing."""
-        return not any(row.workers.get(worker) for row in self._rows)
+        Those are for workers that come to be ready from now on.
+        """
+        self._retired = {worker for row in self._rows for worker in row.workers}
+        begun = [job.seq for job in self._jobs.values() if job.row > 1 or job.worker is not None]
+        first = max(begun) + 1 if begun else min(self._jobs, default=self.next_in)
+        for job in self._jobs.values():
+            job.superseded = job.seq < first
+        return first
+
+    @property
+    def superseding(self) -> bool:
+        """True while frames are under way that are for retired workers."""
+        return any(job.superseded for job in self._jobs.values())
 
     def gone(self, worker: bytes) -> None:
         """A worker is dead: what it held is the next to be done, by whoever is ready."""
@@ -139,15 +149,22 @@ class Dispatcher:
     def assign(self) -> Iterator[tuple[bytes, Job]]:
         """Give waiting frames to workers with room for them, the idlest first."""
         for number, row in enumerate(self._rows):
-            workers = [worker for worker in row.workers if worker not in self._retired]
-            while workers and self._room_after(number) and (job := self._due(number)):
-                worker = min(workers, key=lambda name: len(row.workers[name]))
-                if len(row.workers[worker]) >= HELD_BY_WORKER:
+            while self._room_after(number) and (job := self._due(number)):
+                workers = self._able(row, job)
+                worker = min(workers, key=lambda name: len(row.workers[name]), default=b"")
+                if not workers or len(row.workers[worker]) >= HELD_BY_WORKER:
                     break
                 row.waiting.remove(job)
                 job.worker = worker
                 row.workers[worker][job.seq] = job
                 yield worker, job
+
+    def _able(self, row: _Row, job: Job) -> list[bytes]:
+        """Workers a frame may be given to; where those it is for are gone, all that are not."""
+        current = [worker for worker in row.workers if worker not in self._retired]
+        if not job.superseded:
+            return current
+        return [worker for worker in row.workers if worker in self._retired] or current
 
     def _due(self, number: int) -> Job | None:
         """The frame a row is to work on next."""
@@ -222,11 +239,11 @@ class Dispatcher:
 
     def expire(self, now_ns: int) -> None:
         """Give up what is too old to be of use, wherever it is."""
-        if self._max_age_ns is None:
+        if self.max_age_ns is None:
             return
-        oldest_ns = now_ns - self._max_age_ns
+        oldest_ns = now_ns - self.max_age_ns
         while self._jobs and (job := next(iter(self._jobs.values()))).t_ingest_ns < oldest_ns:
-            self.give_up(job, f"older than {self._max_age_ns / 1e6:g} ms")
+            self.give_up(job, f"older than {self.max_age_ns / 1e6:g} ms")
 
     def give_up_all(self, reason: str) -> None:
         """Nothing more can be done."""

@@ -43,14 +43,15 @@ class Join(Dispatcher):
         else:
             super().ready(worker, row)
 
-    def retire(self, worker: bytes) -> None:
-        """A worker is to finish what it holds, and gets nothing more."""
-        super().retire(worker)
-        self._beside.retire(worker)
+    def supersede(self) -> int:
+        """All workers are to finish what is begun; the first frame of the others."""
+        self._beside.supersede()
+        return super().supersede()
 
-    def is_idle(self, worker: bytes) -> bool:
-        """True if a worker holds nothing."""
-        return super().is_idle(worker) and self._beside.is_idle(worker)
+    @property
+    def superseding(self) -> bool:
+        """True while frames are under way that are for retired workers."""
+        return super().superseding or self._beside.superseding
 
     def gone(self, worker: bytes) -> None:
         """A worker is dead."""

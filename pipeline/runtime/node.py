@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
+
 from engines.errors import EngineError
 from pipeline.config import PipelineConfig, open_source
 from pipeline.errors import PipelineError, RunError
@@ -77,6 +79,7 @@ def run_node(task: NodeTask) -> None:
     """
     configure_logs(task.config.telemetry)
     keep_freed_memory()
+    cv2.setNumThreads(1)  # the other cores are the other nodes'
     if task.node.cores is not None:
         os.sched_setaffinity(0, task.node.cores)
     # A stopped process would not notice that its supervisor is gone: its death continues it.

@@ -23,6 +23,11 @@ class Output:
         self._heartbeat_ns = round(heartbeat_s * 1e9)
         self._next_heartbeat_ns = time.monotonic_ns() + self._heartbeat_ns
         self._account = Account()
+        self._later: tuple[int, str] | None = None
+
+    def configure(self, first: int, config: str) -> None:
+        """Frames from `first` on are made with another configuration."""
+        self._later = first, config
 
     def start(self) -> None:
         """Say that a run begins."""
@@ -38,6 +43,8 @@ class Output:
         if isinstance(message, Dropped):
             self._drop(message)
             return
+        if self._later is not None and message.info.seq >= self._later[0]:
+            self.config, self._later = self._later[1], None
         targets = targets_message(
             message,
             stage_ns=trace.stage_ns,

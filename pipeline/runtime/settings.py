@@ -117,3 +117,14 @@ class DeadLetterSettings(Settings):
 
     folder: Path | None = None
     keep: int = Field(100, ge=1, le=100_000, description="the oldest is deleted for the next")
+
+
+class SwapSettings(Settings):
+    """What another engine must show on live frames before it takes over, see `parity`."""
+
+    frames: int = Field(50, ge=0, le=100_000, description="with targets, to compare; 0: none")
+    matched: float = Field(0.95, ge=0.0, le=1.0, description="share of targets found by both")
+    within_px: float = Field(0.1, gt=0.0, le=10.0, description="how near the two must be")
+    counted: float = Field(0.95, ge=0.0, le=1.0, description="share of groups of the same number")
+    slower: float = Field(1.5, ge=1.0, le=1000.0, description="than the old one, beyond the budget")
+    within_s: float = Field(60.0, ge=1.0, le=3600.0, description="then it is refused")

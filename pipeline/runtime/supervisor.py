@@ -73,10 +73,10 @@ class Supervisor:
         self._stopping = False
         self._drained_by = math.inf
         self._next_housekeeping = 0.0
-        self._reloader = Reloader(self._children, self._dispatcher)
         self._failure: PipelineError | None = None  # after which the stream still ends
         self._dead_letters = DeadLetters(config.dead_letters, config.digest)
         self.telemetry = Telemetry()
+        self._reloader = Reloader(self._children, self._dispatcher, self.telemetry)
 
     # --- beginning and end -----------------------------------------------------------------
 
@@ -199,15 +199,16 @@ class Supervisor:
         front = self._children.all[0]
         if self._started and front.ready and (room := self._dispatcher.grant()):
             self._hub.send(front.identity, Word("grant", room))
+        self._reloader.turn(self._dispatcher.outcomes, self._hub)
         self._outlet.put_all(self._dispatcher.outcomes)
         return self._dispatcher.ended and not len(self._dispatcher)
 
     def _keep_house(self, now: float) -> None:
         self._next_housekeeping = now + HOUSEKEEPING_S
         self._children.watch()
-        if self._started and (config := self._reloader.look_after(self._config, self._hub)):
-            self._config = config
-            self._outlet.output.config = config.digest
+        if self._started and (taken := self._reloader.look_after(self._config, self._hub)):
+            first, self._config = taken
+            self._outlet.output.configure(first, self._config.digest)
         self._publisher.listen()
         self._outlet.output.beat()
         if not self._started:
@@ -221,7 +222,8 @@ class Supervisor:
     def _start_when_ready(self) -> None:
         ready = all(child.ready for child in self._children.all)
         if ready and self._publisher.subscribers >= self._config.publish.wait_for:
-            settle()
+            if self._mode == "live":
+                settle()
             self._started = True
             self._outlet.output.start()
 
@@ -280,6 +282,7 @@ class Supervisor:
     def _hear_front(self, child: Child, word: Word, parts: list[Any]) -> None:
         if word.kind == "result":
             self._dispatcher.take(word.seq, word.t_ns, parts)
+            self._reloader.offer(word.seq, word.t_ns, parts)
         elif word.kind == "frame" and isinstance(self._dispatcher, Join):
             self._dispatcher.show(word.seq, word.t_ns, parts)
         elif word.kind == "lost":

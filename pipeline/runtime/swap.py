@@ -1,22 +1,27 @@
 """Another engine, or other settings of stages, in a run that goes on.
 
-The new workers are made ready beside the old ones. Only when all of them are, they take over at
-once, and the old ones finish what they hold: no frame is lost, none done twice. If one of them
-cannot start, none takes over: the run goes on as it was.
+The new workers are made ready beside the old ones and tried on live frames (`trial`). If they do as
+well, they take over at one frame: those begun are finished by the old workers in every node, all
+after it are done by the new ones; no frame is lost, none done twice. If they do not, or cannot
+start, the run goes on as it was.
 """
 
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from engines.errors import EngineError
 from pipeline.config import PipelineConfig
 from pipeline.errors import PipelineError, RunError
+from pipeline.messages import Dropped
 from pipeline.runtime.children import Child, Children
-from pipeline.runtime.dispatch import Dispatcher
+from pipeline.runtime.dispatch import Dispatcher, Job
+from pipeline.runtime.parity import Refused
+from pipeline.runtime.telemetry import Telemetry
+from pipeline.runtime.trial import Trial
 from pipeline.transport.codec import CodecError
 from pipeline.transport.hub import FROM_NODE, HubSocket, Word, read_word
 
@@ -26,7 +31,7 @@ log = logging.getLogger(__name__)
 def check_swap(old: PipelineConfig, new: PipelineConfig) -> None:
     """Raise PipelineError unless nothing but the engine and stages after the front differ."""
     fixed = {name: new.stages[name] for name in old.topology[0].stages if name in new.stages}
-    same = replace(old, engine=new.engine, stages={**new.stages})
+    same = replace(old, engine=new.engine, stages={**new.stages}, swap=new.swap)
     if same != new or any(old.stages[name] != settings for name, settings in fixed.items()):
         raise PipelineError(
             "only the engine and the stages after the front node can change in a run; "
@@ -35,20 +40,23 @@ def check_swap(old: PipelineConfig, new: PipelineConfig) -> None:
 
 
 class Reloader:
-    """Asks for another configuration, readies its workers, and lets them take over."""
+    """Asks for another configuration, readies and tries its workers, and lets them take over."""
 
-    def __init__(self, children: Children, dispatcher: Dispatcher) -> None:
-        self._children, self._dispatcher = children, dispatcher
+    def __init__(self, children: Children, dispatcher: Dispatcher, telemetry: Telemetry) -> None:
+        self._children, self._dispatcher, self._telemetry = children, dispatcher, telemetry
         self._read: Callable[[], PipelineConfig] | None = None
         self._config: PipelineConfig | None = None
         self._new: Children | None = None
+        self._trial: Trial | None = None
 
     def ask(self, read: Callable[[], PipelineConfig]) -> None:
         """Go on with what `read` gives, at the next opportunity."""
         self._read = read
 
+    # --- the flow, while there is a trial ---------------------------------------------------
+
     def hear(self, identity: bytes, parts: list[Any]) -> None:
-        """A worker that has not taken over can only become ready, or say why not."""
+        """What a worker says that has not taken over."""
         child = self._new.find(identity) if self._new is not None else None
         if child is None:
             return
@@ -58,20 +66,39 @@ class Reloader:
             child.ready |= word.kind == "ready"
             if word.kind in ("failed", "faulted"):
                 child.last_words = word.text
+            elif self._trial is not None and word.kind in ("result", "lost", "malformed"):
+                self._trial.hear(identity, word, parts[1:])
 
-    def look_after(self, running: PipelineConfig, hub: HubSocket) -> PipelineConfig | None:
-        """Do what is due; the new configuration when it has taken over."""
+    def offer(self, seq: int, t_ingest_ns: int, parts: list[Any]) -> None:
+        """A frame has come from the front."""
+        if self._trial is not None:
+            self._trial.offer(seq, t_ingest_ns, parts)
+
+    def turn(self, outcomes: Iterable[Job | Dropped], hub: HubSocket) -> None:
+        """See what became of frames in the run, and hand out what is under trial."""
+        if self._trial is None:
+            return
+        with self._refusing():
+            for outcome in outcomes:
+                self._trial.saw(outcome)
+            self._trial.compare()
+        for worker, job in self._trial.assign() if self._trial is not None else ():
+            hub.send(worker, Word("work", job.seq, t_ns=job.t_ingest_ns), job.parts)
+
+    # --- now and then -----------------------------------------------------------------------
+
+    def look_after(
+        self, running: PipelineConfig, hub: HubSocket
+    ) -> tuple[int, PipelineConfig] | None:
+        """Do what is due; the new configuration and its first frame when it has taken over."""
         self._end_retired(hub)
-        try:
-            if self._read is not None and self._new is None:
+        with self._refusing():
+            if self._read is not None and self._new is None and not self._children.retired:
                 self._begin(running)
             if self._new is not None:
                 self._new.watch()
-                if all(child.ready for child in self._new.all):
+                if self._has_passed(running, self._new):
                     return self._take_over(self._new)
-        except (PipelineError, EngineError) as error:
-            log.warning("the run goes on as it was: %s", error)
-            self.close()
         return None
 
     def _begin(self, running: PipelineConfig) -> None:
@@ -84,31 +111,62 @@ class Reloader:
             self._new.add(child.name, child.row, task, vital=child.vital)
             self._new.all[-1].generation = child.generation + 1
 
-    def _take_over(self, new: Children) -> PipelineConfig | None:
+    def _has_passed(self, running: PipelineConfig, new: Children) -> bool:
+        if not all(child.ready for child in new.all) or self._config is None:
+            return False
+        if self._config.swap.frames == 0:
+            return True
+        if self._trial is None:
+            flow = [node for node in running.topology if not node.beside]
+            self._trial = Trial(
+                self._config.swap,
+                flow,
+                self._dispatcher.max_age_ns,
+                same_targets=self._config.stages == running.stages,
+            )
+            for child in new.all:
+                if child.row < len(flow):
+                    self._trial.ready(child.identity, child.row)
+        return self._trial.passed
+
+    def _take_over(self, new: Children) -> tuple[int, PipelineConfig] | None:
+        first = self._dispatcher.supersede()
         front, *workers = self._children.all
-        for child in workers:
-            self._dispatcher.retire(child.identity)
         self._children.retired += workers
         self._children.all = [front, *new.all]
         for child in new.all:
             self._dispatcher.ready(child.identity, child.row)
-        self._new = None
-        log.warning("another configuration has taken over")
-        return self._config
+        self._new = self._trial = None
+        self._telemetry.count_swap(None)
+        log.warning("another configuration has taken over from frame %d on", first)
+        return None if self._config is None else (first, self._config)
 
     def _end_retired(self, hub: HubSocket) -> None:
+        now_s = time.monotonic()
         for child in list(self._children.retired):
             if child.process is None or child.process.exitcode is not None:
                 self._dispatcher.gone(child.identity)
                 self._children.retired.remove(child)
-            elif self._dispatcher.is_idle(child.identity):
+            elif now_s - child.heard_s > self._children.settings.stall_s:
+                child.process.kill()
+            elif not self._dispatcher.superseding:
                 hub.send(child.identity, Word("stop"))
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """What goes wrong with new workers ends them, and nothing else."""
+        try:
+            yield
+        except (PipelineError, EngineError) as error:
+            self._telemetry.count_swap(error.figure if isinstance(error, Refused) else "start")
+            log.warning("the run goes on as it was: %s", error)
+            self.close()
 
     def close(self) -> None:
         """End workers that have not taken over."""
         if self._new is not None:
             self._new.kill()
-            self._new = None
+        self._new = self._trial = None
 
 
 def _cannot_start(child: Child) -> None:

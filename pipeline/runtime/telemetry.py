@@ -59,6 +59,10 @@ class Telemetry:
         self._held_back = Counter(
             "subscriber_overflows", "Messages some slow subscriber went without", **given
         )
+        self._swaps = Counter(
+            "swaps", "Engine swaps asked for, and the figure that one was refused for",
+            ["outcome", "figure"], **given,
+        )  # fmt: skip
         self._build = Info("run", "Engine and configuration", **given)
         self._described: tuple[str, str] | None = None
         self._processes_at = 0.0
@@ -100,6 +104,11 @@ class Telemetry:
             if self._described != (described := (message["engine"], message["config"])):
                 self._described = described
                 self._build.info({"engine": message["engine"], "config": message["config"]})
+
+    def count_swap(self, refused_for: str | None) -> None:
+        """Another configuration has taken over, or was refused for a figure."""
+        outcome = "taken" if refused_for is None else "refused"
+        self._swaps.labels(outcome, refused_for or "").inc()
 
     def observe(
         self,

@@ -35,7 +35,7 @@ def build(
 
     cache: folder of the timing cache, None: none is kept. Raises TrainerError for a graph it
     cannot parse, EngineError without the library or, for TensorRT, a GPU; TrainingFailed if the
-    building fails; KeyboardInterrupt once it could be stopped.
+    building fails.
     """
     trt = tensorrt_log.library(library)
     device = _device(library)
@@ -51,11 +51,11 @@ def build(
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     with _timings(config, device, trt, cache, progress) as timings:
         engine = builder.build_serialized_network(network, config)
-        if monitor.stopped:
-            raise KeyboardInterrupt
+        if monitor.stopped is not None:
+            raise monitor.stopped
         if engine is None:
             raise TrainingFailed(f"{library} {trt.__version__}: no engine was built ({told(trt)})")
-        known = timings.replace(config.get_timing_cache().serialize()) if timings else None
+        known = timings.replace(_measured(config)) if timings else None
     out.write_bytes(engine)
     return BuildFacts(
         library=f"{library} {trt.__version__}",
@@ -81,6 +81,10 @@ def _timings(
         if not config.set_timing_cache(config.create_timing_cache(timings.held), False):
             config.set_timing_cache(config.create_timing_cache(b""), False)
         yield timings
+
+
+def _measured(config: Any) -> bytes:
+    return bytes(config.get_timing_cache().serialize())
 
 
 def _device(library: Library) -> Gpu | None:
@@ -128,25 +132,29 @@ def _profile(builder: Any, network: Any, batch: Batch) -> Any:
 
 
 def _monitor(trt: Any, progress: Callable[[str], None]) -> Any:
-    """Tells the phases on the outside; Ctrl-C stops the build at its next step."""
+    """Tells the outermost phases.
+
+    Nothing may be raised through TensorRT: Ctrl-C and whatever `progress` raises stop the build at
+    its next step, and are kept in `stopped`.
+    """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.stopped = False
+            self.stopped: BaseException | None = None
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             try:
                 if parent is None:
                     progress(f"{phase} ({steps} steps)")
-            except KeyboardInterrupt:
-                self.stopped = True
+            except BaseException as error:  # noqa: BLE001
+                self.stopped = error
 
         def step_complete(self, phase: str, step: int) -> bool:  # noqa: ARG002
             try:
-                return not self.stopped
-            except KeyboardInterrupt:  # may come with any line; it must not pass through C++
-                self.stopped = True
+                return self.stopped is None
+            except KeyboardInterrupt as error:  # it may come at any line
+                self.stopped = error
                 return False
 
         def phase_finish(self, phase: str) -> None:
