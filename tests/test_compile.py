@@ -19,7 +19,8 @@ from engines.errors import EngineError
 from engines.loader import MODELS, open_engine, resolve
 from engines.manifest import read_manifest, sha256_of
 from pipeline.physics.sensor import Sensor
-from trainer.compile import Wish, compile_model
+from trainer.build import Wish
+from trainer.compile import compile_model
 from trainer.errors import TrainerError, TrainingFailed
 
 SENSOR = Sensor(id="field", sigma_px=0.6, full_scale=16383, read_noise=6.0, gain=8.0)
@@ -61,17 +62,17 @@ def altered(models: Path, share: float) -> Path:
 @pytest.mark.parametrize("target", ["openvino", "torch"])
 def test_a_build_says_what_it_is_and_how_good(models: Path, target: str) -> None:
     portable = models / "off_grid_any.onnx"
-    wish = Wish(target, "f32", threads=1, batch=4, max_batch=8, patches=100)
+    wish = Wish(target, "f32", threads=1, batch=4, max_batch=4, patches=100)
     made, (candidate,) = compile_model(portable, wish, models, quiet)
     path = models / f"off_grid_any.{target}.json"
     assert read_manifest(path) == made == candidate.manifest
     build = made.build
     assert build is not None and build.target == target and build.precision == "f32"
     assert build.library.startswith(f"{target} ") and build.device
-    assert (build.batch.best, build.batch.most, made.max_batch) == (4, 8, 8)
+    assert (build.batch.best, build.batch.most, made.max_batch) == (4, 4, 4)
     assert build.parity is not None and build.parity.error < 1e-4
     assert build.parity.cso_map == pytest.approx(build.parity.reference_cso_map, abs=1e-3)
-    assert [found.batch for found in build.latency] == [1, 4, 8]
+    assert [found.batch for found in build.latency] == [1, 4, 64]
     assert all(0.0 < found.p50_ms <= found.p99_ms for found in build.latency)
     assert made.engine_id != read_manifest(portable.with_suffix(".json")).engine_id
     patch = np.random.default_rng(2).random((9, 2, 11, 11), np.float32)
@@ -85,7 +86,7 @@ def test_a_build_says_what_it_is_and_how_good(models: Path, target: str) -> None
 def test_the_default_is_the_build_this_machine_runs(models: Path) -> None:
     portable = models / "off_grid_any.onnx"
     assert resolve("default", SENSOR, models).stem == "off_grid_any"
-    wish = Wish("openvino", "f32", threads=1, patches=100)
+    wish = Wish("openvino", "f32", threads=1, batch=4, max_batch=4, patches=100)
     compile_model(portable, wish, models, quiet)
     assert resolve("default", SENSOR, models).stem == "off_grid_any.openvino"
     plain = json.loads((models / "off_grid_any.openvino.json").read_text())
@@ -99,14 +100,14 @@ def test_the_default_is_the_build_this_machine_runs(models: Path) -> None:
 )
 def test_an_engine_that_is_worse_is_not_written(models: Path, share: float, fragment: str) -> None:
     before = sorted(file.name for file in models.iterdir())
-    wish = Wish("openvino", "f32", threads=1, patches=400)
+    wish = Wish("openvino", "f32", threads=1, batch=4, max_batch=4, patches=400)
     with pytest.raises(TrainingFailed, match=f"{fragment}.*nothing was written"):
         compile_model(altered(models, share), wish, models, quiet)
     assert sorted(file.name for file in models.iterdir()) == before
 
 
 def test_what_is_built_already_is_not_built_again(models: Path) -> None:
-    wish = Wish("openvino", "f32", threads=1, patches=100)
+    wish = Wish("openvino", "f32", threads=1, batch=4, max_batch=4, patches=100)
     compile_model(models / "off_grid_any.onnx", wish, models, quiet)
     with pytest.raises(TrainerError, match="is built for openvino already"):
         compile_model(models / "off_grid_any.openvino.onnx", wish, models, quiet)
@@ -152,7 +153,7 @@ def test_a_killed_compilation_leaves_what_was_there(models: Path) -> None:
         "off_grid_any.json",
         "off_grid_any.onnx",
     ]
-    wish = Wish("openvino", "f32", threads=1, patches=100)
+    wish = Wish("openvino", "f32", threads=1, batch=4, max_batch=4, patches=100)
     compile_model(models / "off_grid_any.onnx", wish, models, quiet)
     assert not aside.exists()
     assert (models / "off_grid_any.openvino.json").is_file()
@@ -174,7 +175,7 @@ def test_a_mistake_is_one_line(command, models: Path, words, fragments) -> None:
 def test_the_command_tells_what_it_tried_and_chose(command, models: Path, tmp_path: Path) -> None:
     result = command(
         *("trainer", "compile", models / "off_grid_any.onnx", "--target", "openvino"),
-        *("--precision", "f32", "--out", tmp_path / "built"),
+        *("--precision", "f32", "--max-batch", "8", "--out", tmp_path / "built"),
     )
     assert result.returncode == 0, result.stderr
     assert "chosen" in result.stdout and "off_grid_any.openvino.json" in result.stdout

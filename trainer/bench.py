@@ -21,7 +21,7 @@ from engines.errors import EngineError
 from engines.loader import MODELS, misfits, open_engine, resolve
 from engines.manifest import Manifest, read_manifest, sha256_of
 from pipeline.physics.sensor import Sensor
-from trainer.compile import TAKES, Variant, Wish, built
+from trainer.build import TAKES, Variant, Wish, built
 from trainer.errors import TrainerError
 from trainer.export import write_onnx
 from trainer.parity import held_out, weights_of
@@ -114,7 +114,8 @@ def _engines(subject: Subject, most: int, show: Show) -> Iterator[tuple[str, Eng
                 try:
                     made = built(subject.model, subject.manifest, variant, wish, path, show)
                     if unfit := misfits(made.build):
-                        raise EngineError(unfit[0])
+                        show(f"{target}: not here: {unfit[0]}")
+                        break
                     engine = open_engine(path, options=told)
                 except (EngineError, TrainerError) as error:
                     show(f"{target} {precision}: not here: {error}")

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engines.manifest import Manifest
-from trainer.compile import Candidate
+from trainer.build import Candidate
 
 
 def print_candidates(candidates: Sequence[Candidate], chosen: Manifest, console: Console) -> None:

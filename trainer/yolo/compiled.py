@@ -17,7 +17,7 @@ from engines.frame_detector import FrameDetector
 from engines.loader import misfits
 from engines.manifest import sha256_of
 from trainer.aside import aside, move_in
-from trainer.compile import Wish
+from trainer.build import Wish
 from trainer.errors import TrainerError, TrainingFailed
 from trainer.parity import TOLERANCE
 from trainer.targets import BuildFacts
