@@ -118,18 +118,3 @@ def dying_beside(task):
 
     Flow.process = process
     node.run_node(task)
-
-
-def failing_beside(task):
-    """The detector raises on one frame."""
-    from pipeline.stages.recognise import Recognise
-
-    whole = Recognise.process
-
-    def process(self, message):
-        if message.info.seq == FRAME:
-            raise ValueError("no idea")
-        return whole(self, message)
-
-    Recognise.process = process
-    node.run_node(task)

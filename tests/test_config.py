@@ -127,7 +127,7 @@ def test_a_stage_between_messages_of_one_kind_fits_once(monkeypatch):
     monkeypatch.setattr(
         topology, "component", lambda kind, name: own.get(name) or component(kind, name)
     )
-    front, unmix, back = TOPOLOGY
+    front, unmix, back, _ = TOPOLOGY
     refined = replace(unmix, stages=("unmix", "refine"))
     assert flow_types([front, refined, back]) == flow_types(TOPOLOGY)
     assert flow_types([front, refined, replace(back, stages=("steady", "report"))])

@@ -18,7 +18,7 @@ from pipeline.client import Subscriber
 from pipeline.config import load_config, open_source
 from pipeline.errors import PipelineError
 from pipeline.runtime import replay
-from pipeline.runtime.supervisor import Supervisor
+from pipeline.stages.recognise import Recognise
 from pipeline.watch import read_figures
 
 FUSION = (
@@ -93,20 +93,30 @@ def test_off_by_default_nothing_is_different(config, scene_recording):
         assert set(before["targets"]["label"]) <= {""}
 
 
-@pytest.mark.parametrize("entry", [faulty_nodes.dying_beside, faulty_nodes.failing_beside])
-def test_in_replay_one_answer_is_lost_by_name_and_no_frame(config, entry, monkeypatch):
-    monkeypatch.setattr("pipeline.runtime.supervisor.run_node", entry)
-    source = open_source(config)
-    with Supervisor(config, "replay", source.sensor, source.shape) as supervisor:
-        messages = [message for message, _ in supervisor.messages()]
-    source.close()
+def lost_answers(messages):
+    """Which frames are unfused and why, all being published."""
     assert gaps(messages) == []
     found = targets(messages)
     assert [message["frame_seq"] for message in found] == list(range(12))
-    missing = {m["frame_seq"]: m["fusion"]["missing"] for m in found if m["fusion"]["missing"]}
-    reason = "died 2 times" if entry is faulty_nodes.dying_beside else "no idea"
-    assert list(missing) == [3]
-    assert reason in missing[3]
+    return {m["frame_seq"]: m["fusion"]["missing"] for m in found if m["fusion"]["missing"]}
+
+
+def test_in_replay_a_detector_that_dies_loses_its_answer_and_no_frame(config, monkeypatch):
+    monkeypatch.setattr("pipeline.runtime.supervisor.run_node", faulty_nodes.dying_beside)
+    missing = lost_answers(replayed(config, replay.over_zeromq))
+    assert missing == {3: "its worker died 2 times"}
+
+
+def test_a_detector_that_raises_loses_its_answer_and_no_frame(config, monkeypatch):
+    whole = Recognise.process
+
+    def process(self, message):
+        if message.info.seq == 3:
+            raise ValueError("no idea")
+        return whole(self, message)
+
+    monkeypatch.setattr(Recognise, "process", process)
+    assert lost_answers(replayed(config, replay.in_process)) == {3: "no idea"}
 
 
 def live(run_dir, tiny, more="", supervised="restarts: 5"):  # noqa: F811
@@ -185,6 +195,27 @@ def test_a_detector_that_keeps_dying_never_ends_the_run(run_dir, tiny):  # noqa:
     assert process.returncode == 0, stderr
     assert totals(stdout)[2] == 0
     assert "restarting in 30 s" in stderr
+
+
+def test_another_detector_takes_over_and_no_frame_is_lost(run_dir, tiny, tmp_path):  # noqa: F811
+    other = write_tiny_yolo(tmp_path, width=320, centre_sigma_px=2.0)
+    process = live(run_dir, tiny, "swap: {frames: 5}\n")
+    first_status(process)
+    subscriber = Subscriber(f"ipc://{run_dir}/out")
+    messages = listen(subscriber, is_fused)
+    first = messages[-1]["fusion"]["detector"]
+    file = run_dir / "config.yaml"
+    file.write_text(file.read_text().replace(str(tiny), str(other)))
+    process.send_signal(signal.SIGUSR1)
+    messages += listen(subscriber, lambda m: is_fused(m) and m["fusion"]["detector"] != first)
+    subscriber.close()
+    assert {message["schema"] for message in messages} == {"irst.targets/1"}, "no gap"
+    numbers = [message["frame_seq"] for message in messages]
+    assert numbers == list(range(numbers[0], numbers[-1] + 1)), "in order, each once"
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 0, stderr
+    assert totals(stdout)[2] == 0
 
 
 def test_a_detector_that_cannot_be_had_is_said_before_the_first_frame(run_dir):  # noqa: F811

@@ -147,6 +147,19 @@ def test_import_writes_a_manifest_that_runs(command, tmp_path):
         assert engine.manifest.classes == ("point", "extended")
 
 
+def test_weights_beside_a_model_come_into_it(command, tmp_path):
+    apart = tmp_path / "apart.onnx"
+    whole = onnx.load(str(write_tiny_yolo(tmp_path)))
+    onnx.save_model(whole, str(apart), save_as_external_data=True, size_threshold=0)
+    words = ["--classes", "point,extended", "--point-sources", "point", "--out"]
+    result = command("trainer", "import-detector", apart, *words, tmp_path / "here")
+    assert result.returncode == 0, result.stderr
+    written = sorted(path.name for path in (tmp_path / "here").iterdir())
+    assert written == ["apart.json", "apart.onnx"]
+    result = command("trainer", "import-detector", apart, *words, tmp_path)
+    assert_one_line_error(result, "name another folder")
+
+
 def test_what_cannot_be_imported_is_named(command, tmp_path):
     model = write_tiny_yolo(tmp_path)
     classes = ["--point-sources", "point", "--out", tmp_path / "here", "--classes"]

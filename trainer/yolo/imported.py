@@ -1,12 +1,12 @@
 """Anybody's ONNX of a YOLO becomes an engine, and what the scores of any detector are worth."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from onnx.external_data_helper import uses_external_data
 
 from engines.base import Options
 from engines.detector_manifest import DetectorManifest
@@ -51,15 +51,19 @@ def calibrated(
 def import_detector(
     model: Path, out_dir: Path, classes: Sequence[str], frames: int, **fields: Any
 ) -> DetectorManifest:
-    """Copy an ONNX of a YOLO to `out_dir` and write its manifest, calibrated if frames > 0.
+    """Put an ONNX of a YOLO into `out_dir`, in one file, with its manifest.
+
+    frames: to calibrate on, 0: scores are believed.
 
     fields: of the manifest, where they are not its defaults. Raises TrainerError for a model that
     is none, EngineError for one the engine cannot run.
     """
     try:
-        graph = onnx.load(str(model), load_external_data=False).graph
+        outline = onnx.load(str(model), load_external_data=False)
+        whole = onnx.load(str(model))  # with weights that lie in a file beside it
     except Exception as error:
         raise TrainerError(f"{model}: not a readable ONNX model ({error})") from error
+    graph = whole.graph
     taken, given = _shape(graph.input[0]), _shape(graph.output[0])
     if len(graph.input) != 1 or len(taken) != 4 or None in taken[1:]:
         raise TrainerError(
@@ -80,7 +84,9 @@ def import_detector(
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / model.name
     if path.resolve() != model.resolve():
-        shutil.copyfile(model, path)
+        path.write_bytes(whole.SerializeToString())
+    elif any(map(uses_external_data, outline.graph.initializer)):
+        raise TrainerError(f"{model}: its weights lie beside it; name another folder with --out")
     digest = sha256_of(path)
     manifest = DetectorManifest(
         name=model.stem,
