@@ -11,6 +11,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,9 @@ from trainer.timing import timed
 from trainer.trained import TrainedNetwork, load_untrained, load_weights, write_weights
 
 PLAIN = "plain PyTorch f32"
+TILE = 16
+"""Patches at a time where a CPU computes two batches side by side."""
+
 BATCHES = (1, 4, 16, 64, 256, 1024)
 Show = Callable[[str], None]
 
@@ -107,10 +111,15 @@ def _engines(subject: Subject, most: int, show: Show) -> Iterator[tuple[str, Eng
     told = Options(sigma_px=subject.manifest.sigma_px)
     with tempfile.TemporaryDirectory(prefix="irst-") as folder:
         for target, precisions in TAKES.items():
-            for precision in precisions:
-                path = Path(folder) / f"{subject.manifest.name}.{target}.{precision}.json"
+            streams = (1, 2) if target == "openvino" and (os.cpu_count() or 1) > 1 else (1,)
+            for precision, number in product(precisions, streams):
+                runs = f"{target} {precision}" + (f", {number} streams" if number > 1 else "")
+                path = (
+                    Path(folder)
+                    / f"{subject.manifest.name}.{len(list(Path(folder).iterdir()))}.json"
+                )
                 wish = Wish(target, precision, batch=min(16, most), max_batch=most)
-                variant = Variant(precision, 1, most, None)
+                variant = Variant(precision, number, min(TILE, most) if number > 1 else most, None)
                 try:
                     made = built(subject.model, subject.manifest, variant, wish, path, show)
                     if unfit := misfits(made.build):
@@ -118,9 +127,9 @@ def _engines(subject: Subject, most: int, show: Show) -> Iterator[tuple[str, Eng
                         break
                     engine = open_engine(path, options=told)
                 except (EngineError, TrainerError) as error:
-                    show(f"{target} {precision}: not here: {error}")
+                    show(f"{runs}: not here: {error}")
                     continue
-                yield f"{target} {precision}", engine
+                yield runs, engine
 
 
 def machine() -> dict[str, Any]:

@@ -48,8 +48,7 @@ class OpenvinoCpu(Engine[Kind]):
     @classmethod
     def misfits(cls, build: Build) -> list[str]:
         """The precision, if this CPU would only imitate it."""
-        has = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if CAPABILITY[build.precision] in has:
+        if CAPABILITY[build.precision] in _capabilities():
             return []
         return [f"precision {build.precision}: this CPU has no instructions for it"]
 
@@ -74,8 +73,7 @@ def _properties(build: Build | None, options: Options) -> dict[str, Any]:
     precision = build.precision if build else options.precision
     threads = options.threads or (build.threads if build else None)
     properties: dict[str, Any] = {
-        # What is not quantised in an int8 model is computed in f32.
-        "INFERENCE_PRECISION_HINT": "f32" if precision == "int8" else precision,
+        "INFERENCE_PRECISION_HINT": _rest() if precision == "int8" else precision,
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": build.streams if build else 1,
     }
@@ -84,6 +82,16 @@ def _properties(build: Build | None, options: Options) -> dict[str, Any]:
     if (folder := cache_folder("openvino")) is not None:
         properties["CACHE_DIR"] = str(folder)
     return properties
+
+
+def _capabilities() -> list[str]:
+    found: list[str] = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return found
+
+
+def _rest() -> str:
+    """The precision of what is not quantised in an int8 model."""
+    return "bf16" if CAPABILITY["bf16"] in _capabilities() else "f32"
 
 
 def _tell(network: Any, name: str, value: float, model: Path) -> None:
