@@ -57,7 +57,10 @@ def test_shipped_weights_are_of_a_run_that_never_saw_the_test_images(system: Sys
     assert manifest.seed not in (BENCHMARK_SEED, VALIDATION_SEED)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+UNMIXING = [path for path in sorted(CONFIGS.glob("*.yaml")) if path.stem != "yolo"]
+
+
+@pytest.mark.parametrize("path", UNMIXING, ids=lambda path: path.stem)
 def test_weights_are_of_the_run_their_config_describes(path: Path) -> None:
     name = yaml.safe_load(path.read_text())["network"]
     config = read_fit_config(path, name)
