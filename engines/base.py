@@ -1,5 +1,6 @@
 """What runs a compiled network, whatever is underneath."""
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass
@@ -67,14 +68,25 @@ class Engine(ABC, Generic[Kind]):
         most = self.manifest.max_batch
         parts = [slice(start, start + most) for start in range(0, len(patch_BHW), most)]
         waiting: deque[slice] = deque()
-        for part in parts:
-            if len(waiting) == IN_FLIGHT:
-                self.result(out[waiting.popleft()])
-            self.submit(patch_BHW[part])
-            waiting.append(part)
-        for part in waiting:
-            self.result(out[part])
+        try:
+            for part in parts:
+                if len(waiting) == IN_FLIGHT:
+                    self.result(out[waiting.popleft()])
+                self.submit(patch_BHW[part])
+                waiting.append(part)
+            for part in waiting:
+                self.result(out[part])
+        except BaseException:
+            self._forget()
+            raise
         return out
+
+    def _forget(self) -> None:
+        """Wait for what is in flight and drop it, so that the next call begins afresh."""
+        while self._submitted:
+            slot, patch_BHW = self._submitted.popleft()
+            with contextlib.suppress(Exception):
+                self._finish(slot, self._room(None, len(patch_BHW)))
 
     def submit(self, patch_BHW: Patches) -> None:
         """Begin to infer 1 to max_batch patches and return at once; see `result`.

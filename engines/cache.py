@@ -10,9 +10,9 @@ def cache_folder(name: str) -> Path | None:
 
     What is kept there runs as a program, so a folder others could write to is not used.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "irst-pipeline" / name
     try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(base) / "irst-pipeline" / name
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         mode = folder.stat()
     except (OSError, RuntimeError):

@@ -1,6 +1,7 @@
 """Engines by name: the shipped ones in engines/models, or any manifest beside its model."""
 
 import logging
+import os
 import stat
 from collections.abc import Sequence
 from dataclasses import replace
@@ -186,11 +187,17 @@ def _check_model(model: Path, manifest_path: Path, sha256: str) -> None:
 
 def check_private(model: Path) -> None:
     """Refuse a file that somebody else could have put there: such models are programs."""
-    for path in (model, model.resolve().parent):
-        if path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    for path in (model, model.parent, model.resolve().parent):
+        facts = path.stat()
+        if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise EngineError(
                 f"{path}: can be written to by others, and such a model runs as a program; "
                 f"chmod go-w {path}"
+            )
+        if facts.st_uid not in (0, os.getuid()):
+            raise EngineError(
+                f"{path}: belongs to another user, and such a model runs as a program; copy it to "
+                "a folder of your own"
             )
 
 

@@ -223,3 +223,18 @@ def test_a_precision_the_cpu_would_only_imitate_is_refused(tmp_path: Path, monke
 def test_a_build_does_not_run_on_another_backend(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="built for openvino, not for backend torch_program"):
         open_engine(openvino_build(tmp_path), "torch_program")
+
+
+def test_an_error_in_one_part_does_not_hold_up_the_next_call(engine: Engine, monkeypatch) -> None:
+    finish, calls = engine._finish, []
+
+    def failing(slot: int, maps: np.ndarray) -> None:
+        calls.append(slot)
+        finish(slot, maps)
+        if len(calls) == 1:
+            raise RuntimeError("once")
+
+    monkeypatch.setattr(engine, "_finish", failing)
+    with pytest.raises(RuntimeError, match="once"):
+        engine.infer(patches(3 * MAX_BATCH))
+    np.testing.assert_allclose(engine.infer(patches(3)), expected(patches(3)), atol=1e-5)

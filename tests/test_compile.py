@@ -19,6 +19,7 @@ from engines.errors import EngineError
 from engines.loader import MODELS, open_engine, resolve
 from engines.manifest import read_manifest, sha256_of
 from pipeline.physics.sensor import Sensor
+from trainer.aside import aside
 from trainer.build import Wish
 from trainer.compile import compile_model
 from trainer.errors import TrainerError, TrainingFailed
@@ -181,3 +182,12 @@ def test_the_command_tells_what_it_tried_and_chose(command, models: Path, tmp_pa
     assert "chosen" in result.stdout and "off_grid_any.openvino.json" in result.stdout
     assert "CSO-mAP" in result.stderr
     assert (tmp_path / "built" / "off_grid_any.openvino.onnx").is_file()
+
+
+def test_a_second_compilation_leaves_the_first_alone(models: Path) -> None:
+    with aside(models, "a") as folder:
+        (folder / "half.onnx").write_bytes(b"half")
+        with pytest.raises(TrainerError, match="another process"), aside(models, "a"):
+            pass
+        assert (folder / "half.onnx").is_file()
+    assert not folder.exists()

@@ -227,3 +227,24 @@ def test_every_frame_has_one_outcome_whatever_happens_beside(events):
     assert sorted(seqs) == list(range(join.next_in))
     assert len(join) == 0
     assert not join._answers
+
+
+def test_both_ledgers_change_at_one_frame():
+    join = ledger()
+    for seq in range(2):
+        show_and_take(join, seq)
+        given_out(join)
+    done(join, b"unmix.0#1", 0)  # unmixing has begun 0 and 1, and so has the detector
+    first = join.supersede()
+    assert first == 2
+    join.ready(b"yolo.0#2", 3)
+    show_and_take(join, 2)
+    given = {seq: worker for worker, seq in given_out(join) if worker.startswith(b"yolo")}
+    assert given == {2: b"yolo.0#2"}
+
+
+def test_a_frame_only_the_detector_has_begun_is_finished_by_the_old_ones():
+    join = ledger()
+    join.show(0, 0, [b"frame"])
+    given_out(join)
+    assert join.supersede() == 1  # the front has shown it, and not cut its patches yet

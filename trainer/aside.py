@@ -18,21 +18,30 @@ def aside(out_dir: Path, name: str) -> Iterator[Path]:
     process is at work in out_dir.
     """
     folder = out_dir / f".{name}.part"
-    out_dir.mkdir(parents=True, exist_ok=True)
-    lock = os.open(out_dir, os.O_RDONLY)
     try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out_dir, os.O_RDONLY)
+    except OSError as error:
+        raise TrainerError(f"{out_dir}: cannot write there ({error.strerror})") from error
+    try:
+        _held(lock, out_dir)
+        shutil.rmtree(folder, ignore_errors=True)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TrainerError(
-                f"{out_dir}: another process is compiling there; wait for it, or name another --out"
-            ) from error
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        yield folder
+            folder.mkdir()
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def _held(lock: int, out_dir: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise TrainerError(
+            f"{out_dir}: another process is compiling there; wait for it, or name another --out"
+        ) from error
 
 
 def move_in(files: Sequence[Path], out_dir: Path) -> None:

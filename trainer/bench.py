@@ -123,8 +123,10 @@ def _engines(subject: Subject, most: int, show: Show) -> Iterator[tuple[str, Eng
                 try:
                     made = built(subject.model, subject.manifest, variant, wish, path, show)
                     if unfit := misfits(made.build):
-                        show(f"{target}: not here: {unfit[0]}")
-                        break
+                        show(f"{runs}: not here: {unfit[0]}")
+                        if target.startswith("tensorrt"):
+                            break  # nor any other precision
+                        continue
                     engine = open_engine(path, options=told)
                 except (EngineError, TrainerError) as error:
                     show(f"{runs}: not here: {error}")

@@ -144,7 +144,13 @@ def _graph(model: Path, manifest: Manifest, precision: Precision, target: Target
     """The ONNX model with the precision in it, as far as the target wants it there."""
     if precision == "f32" or (target == "openvino" and precision != "int8"):
         return model.read_bytes()
-    from trainer.precision import quantized, read_model, with_precision
+    try:
+        from trainer.precision import quantized, read_model, with_precision
+    except ImportError as error:
+        raise TrainerError(
+            f"--precision {precision}: needs what is not installed ({error}); pip install "
+            '"irst-pipeline[train,compile]"'
+        ) from error
 
     graph = read_model(model)
     if precision == "int8":

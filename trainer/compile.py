@@ -59,7 +59,14 @@ def compile_model(
         for place, variant in enumerate(_variants(wish)):
             path = folder / str(place) / f"{name}.json"
             path.parent.mkdir()
-            candidates.append(_timed(built(model, manifest, variant, wish, path, tell), held, tell))
+            try:
+                made = built(model, manifest, variant, wish, path, tell)
+            except TrainerError as error:
+                if wish.precision is not None:
+                    raise
+                tell(f"{variant}: left out: {error}")
+                continue
+            candidates.append(_timed(made, held, tell))
         tell("comparing with the reference")
         wanted = reference(model, manifest, held)
         tell(f"{wanted.name}: CSO-mAP {wanted.cso_map:.4f} on {len(held.patch)} patches")

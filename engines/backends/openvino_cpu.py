@@ -39,7 +39,13 @@ class OpenvinoCpu(Engine[Kind]):
         for name in manifest.conditions:
             _tell(network, name, getattr(options, name), model)
         _check_shapes(network, manifest, model)
-        compiled = openvino.compile_model(network, "CPU", _properties(manifest.build, options))
+        try:
+            compiled = openvino.compile_model(network, "CPU", _properties(manifest.build, options))
+        except RuntimeError as error:
+            raise EngineError(
+                f"{model}: OpenVINO cannot compile it ({_last_line(error)}); export it again, or "
+                "use another release of openvino"
+            ) from error
         self._requests = [compiled.create_infer_request() for _ in range(IN_FLIGHT)]
         for batch in sorted({1, manifest.max_batch}):
             for _ in self._requests:

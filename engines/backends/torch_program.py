@@ -24,8 +24,8 @@ class TorchProgram(Engine[Kind]):
         self._device = torch.device("cpu")
         if torch.cuda.is_available():
             self._device = torch.device("cuda", options.device)
-        elif options.threads is not None:
-            torch.set_num_threads(options.threads)
+        elif threads := options.threads or (manifest.build.threads if manifest.build else None):
+            torch.set_num_threads(threads)
         try:
             program = torch.export.load(model).module()
         except Exception as error:

@@ -68,7 +68,7 @@ def compare(config: PipelineConfig, sources: Sequence[Source]) -> Compared:
         fused = _targets(_permissive(config), source)
         for seq, message in fused.items():
             xy = _positions(message)
-            if not np.array_equal(xy, _positions(alone[seq])):
+            if seq not in alone or not np.array_equal(xy, _positions(alone[seq])):
                 raise PipelineError(f"{_name(source)}: frame {seq} is not the same twice")
             truth = source.truth.of_frame(seq)
             right = np.zeros(len(xy), np.bool_)

@@ -1,13 +1,26 @@
-"""How the inner loops of the frame path are compiled: by Numba, cached beside the source.
+"""How the inner loops of the frame path are compiled: by Numba, and cached.
+
+The cache is in NUMBA_CACHE_DIR or beside the source, in a folder for each state of all sources with
+such loops: a loop holds those it calls, and Numba looks at its own file only.
 
 Arithmetic in the order it is written. A loop is compiled for the types of its arguments, and an
 array that is read-only, or begins at an odd address, is another type: give it copies of what was
 received, or the first frame waits for the compiler.
 """
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
+import numba
 from numba import njit
+
+
+def _digest() -> str:
+    """Of all sources with compiled loops."""
+    package = Path(__file__).parent.parent
+    sources = (path.read_bytes() for path in sorted(package.rglob("*.py")))
+    return hashlib.sha256(b"".join(text for text in sources if b"@compiled" in text)).hexdigest()
 
 
 def _nothing() -> None:
@@ -26,5 +39,8 @@ def _place_for_cache() -> bool:
     return True
 
 
+_config: Any = numba.config
+_base = Path(_config.CACHE_DIR or Path(__file__).parent / "__pycache__")
+_config.CACHE_DIR = str(_base / f"loops-{_digest()[:12]}")
 CACHED = _place_for_cache()
 compiled: Any = njit(cache=CACHED, error_model="numpy")

@@ -68,6 +68,7 @@ class Dispatcher:
         self._jobs: dict[int, Job] = {}
         self._retired: set[bytes] = set()  # workers that are given nothing more
         self._granted = 0  # frames the front may still send
+        self._first = 0  # frame that is for workers which are not retired
         self.next_in = 0
         self.ended = False
         self.outcomes: deque[Job | Dropped] = deque()
@@ -81,7 +82,7 @@ class Dispatcher:
             return  # from a front that is dead: accounted for already
         self.lose(self.next_in, seq, "transport", "never arrived")
         self.next_in = seq + 1
-        self._enqueue(Job(seq, t_ingest_ns, parts, row=1))
+        self._enqueue(Job(seq, t_ingest_ns, parts, row=1, superseded=seq < self._first))
 
     def lose(self, first: int, end: int, stage: str, reason: str) -> None:
         """Frames `first` … `end` − 1 will not come from the front."""
@@ -114,17 +115,22 @@ class Dispatcher:
         """A worker can be given frames."""
         self._rows[row].workers.setdefault(worker, {})
 
-    def supersede(self) -> int:
+    def supersede(self, least: int = 0) -> int:
         """All workers are to finish the frames begun, and nothing more; the first of the others.
 
-        Those are for workers that come to be ready from now on.
+        Those are for workers that come to be ready from now on. least: the first of the others is
+        not before this one.
         """
         self._retired = {worker for row in self._rows for worker in row.workers}
-        begun = [job.seq for job in self._jobs.values() if job.row > 1 or job.worker is not None]
-        first = max(begun) + 1 if begun else min(self._jobs, default=self.next_in)
+        self._first = max(self.unbegun(), least)
         for job in self._jobs.values():
-            job.superseded = job.seq < first
-        return first
+            job.superseded = job.seq < self._first
+        return self._first
+
+    def unbegun(self) -> int:
+        """The first frame from which on none is begun."""
+        begun = [job.seq for job in self._jobs.values() if job.row > 1 or job.worker is not None]
+        return max(begun) + 1 if begun else min(self._jobs, default=self.next_in)
 
     @property
     def superseding(self) -> bool:

@@ -43,10 +43,11 @@ class Join(Dispatcher):
         else:
             super().ready(worker, row)
 
-    def supersede(self) -> int:
-        """All workers are to finish what is begun; the first frame of the others."""
-        self._beside.supersede()
-        return super().supersede()
+    def supersede(self, least: int = 0) -> int:
+        """All workers, of both, are to finish what is begun; the first frame of the others."""
+        first = max(self.unbegun(), self._beside.unbegun(), least)
+        self._beside.supersede(first)
+        return super().supersede(first)
 
     @property
     def superseding(self) -> bool:

@@ -220,7 +220,10 @@ class Supervisor:
         )
 
     def _start_when_ready(self) -> None:
-        ready = all(child.ready for child in self._children.all)
+        # One the run can do without, and that has died before it was ready, is not waited for.
+        ready = all(
+            child.ready or (not child.vital and child.number > 1) for child in self._children.all
+        )
         if ready and self._publisher.subscribers >= self._config.publish.wait_for:
             if self._mode == "live":
                 settle()
@@ -262,13 +265,13 @@ class Supervisor:
             return
         if word.kind == "ready":
             child.ready = True
-            if child.row > 0:
+            if child in self._children.retired:  # it was starting when others took over
+                self._hub.send(identity, Word("stop"))
+            elif child.row > 0:
                 self._dispatcher.ready(identity, child.row)
             else:
                 self._dispatcher.front_is_new()
-        elif word.kind == "faulted" or (
-            word.kind == "failed" and self._started and not child.vital
-        ):
+        elif word.kind == "faulted" or (word.kind == "failed" and self._may_fail(child)):
             child.last_words = word.text
         elif word.kind == "failed":
             self._failure = NodeFailure(word.text, word.code)
@@ -278,6 +281,10 @@ class Supervisor:
             self._hear_front(child, word, parts[1:])
         else:
             self._hear_worker(identity, word, parts[1:])
+
+    def _may_fail(self, child: Child) -> bool:
+        """True of a process that the run can do without."""
+        return child in self._children.retired or (self._started and not child.vital)
 
     def _hear_front(self, child: Child, word: Word, parts: list[Any]) -> None:
         if word.kind == "result":

@@ -67,12 +67,14 @@ class Reloader:
             if word.kind in ("failed", "faulted"):
                 child.last_words = word.text
             elif self._trial is not None and word.kind in ("result", "lost", "malformed"):
-                self._trial.hear(identity, word, parts[1:])
+                with self._refusing():
+                    self._trial.hear(identity, word, parts[1:])
 
     def offer(self, seq: int, t_ingest_ns: int, parts: list[Any]) -> None:
         """A frame has come from the front."""
         if self._trial is not None:
-            self._trial.offer(seq, t_ingest_ns, parts)
+            with self._refusing():
+                self._trial.offer(seq, t_ingest_ns, parts)
 
     def turn(self, outcomes: Iterable[Job | Dropped], hub: HubSocket) -> None:
         """See what became of frames in the run, and hand out what is under trial."""

@@ -13,6 +13,7 @@ from engines.loader import load
 from engines.manifest import Manifest
 from engines.scaling import network_input, network_unit
 from pipeline.component import Context, Settings, Stage
+from pipeline.errors import PipelineError
 from pipeline.imaging.fitting import fitted, in_frame, window_of
 from pipeline.messages import Flag, Patches, Unmixed
 from pipeline.physics.candidates import Candidates
@@ -89,6 +90,8 @@ class Unmix(Stage[Patches, Unmixed]):
         unit = network_unit(signal, manifest.scaling, self._sensor.full_scale)
         patch = network_input(signal, noise, self._sensor.sigma_px, unit, manifest.planes)
         maps = engine.infer(patch)
+        if not np.isfinite(maps).all():
+            raise PipelineError(f"engine {manifest.name}: its maps are not finite")
         peaks = self._read(maps, manifest)
         number = np.bincount(peaks.image, minlength=len(maps))
         if (number > MAX_PEAKS).any():

@@ -64,6 +64,8 @@ def import_detector(
     except Exception as error:
         raise TrainerError(f"{model}: not a readable ONNX model ({error})") from error
     graph = whole.graph
+    if not (graph.input and graph.output):
+        raise TrainerError(f"{model}: has no inputs or outputs; export it again")
     taken, given = _shape(graph.input[0]), _shape(graph.output[0])
     if len(graph.input) != 1 or len(taken) != 4 or None in taken[1:]:
         raise TrainerError(
