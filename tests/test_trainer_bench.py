@@ -19,7 +19,7 @@ def test_every_backend_is_measured_beside_plain_torch(command, tmp_path: Path) -
     assert found["machine"]["cores"] >= 1 and found["rival"] == PLAIN
     rows = found["rows"]
     assert {row["batch"] for row in rows} == {1, 5}
-    assert {PLAIN, "openvino f32", "torch f32"} <= {row["runs"] for row in rows}
+    assert {PLAIN, "openvino f32", "torch f32", "torch bf16"} <= {row["runs"] for row in rows}
     assert all(row["ratio"] == 1.0 for row in rows if row["runs"] == PLAIN)
     for row in rows:
         assert 0.0 < row["p50_ms"] <= row["p99_ms"]
@@ -37,6 +37,7 @@ def test_a_network_at_full_size_needs_no_weights(command, tmp_path: Path) -> Non
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert {row["network"] for row in rows} == {"focus"}
+    assert {PLAIN, "openvino f32", "torch f32", "torch bf16"} <= {row["runs"] for row in rows}
 
 
 @pytest.mark.parametrize(

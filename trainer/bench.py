@@ -28,7 +28,13 @@ from trainer.export import write_onnx
 from trainer.parity import held_out, weights_of
 from trainer.targets import cpu_name
 from trainer.timing import timed
-from trainer.trained import TrainedNetwork, load_untrained, load_weights, write_weights
+from trainer.trained import (
+    TrainedNetwork,
+    load_untrained,
+    load_weights,
+    weights_sha256,
+    write_weights,
+)
 
 PLAIN = "plain PyTorch f32"
 TILE = 16
@@ -73,11 +79,11 @@ def untrained(name: str, folder: Path) -> Subject:
     network = load_untrained(name, {})
     model = folder / f"{name}.onnx"
     write_onnx(network.network, model)
-    manifest = network.manifest.model_copy(
-        update={"onnx_sha256": sha256_of(model), "profile": "csist-100k", "max_batch": 1}
-    )
+    state = network.network.state_dict()
+    facts = {"onnx_sha256": sha256_of(model), "weights_sha256": weights_sha256(state)}
+    manifest = network.manifest.model_copy(update={"profile": "csist-100k", **facts})
     manifest.write(model.with_suffix(".json"))
-    write_weights(model.with_suffix(".pt"), manifest, network.network.state_dict())
+    write_weights(model.with_suffix(".pt"), manifest, state)
     return Subject(model, manifest, network)
 
 

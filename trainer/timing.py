@@ -10,7 +10,7 @@ from engines.base import Engine
 from engines.build import Latency
 
 TIMED_S = 0.5
-FEWEST = 10  # calls
+FEWEST = 5  # calls
 
 
 def timed(

@@ -1,5 +1,6 @@
 """torch: an exported program, the network's graph and weights without its classes."""
 
+from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,10 @@ class _Cast(nn.Module):
 
 def build(network: UnmixingNetwork, precision: Precision, out: Path) -> BuildFacts:
     """Write the program."""
-    inner = network.as_engine()
+    inner = deepcopy(network).as_engine()  # its weights are about to be rounded
     module = inner if precision == "f32" else _Cast(inner, DTYPE[precision])
     shapes: Any = dynamic_shapes(network)
-    if precision != "f32":  # `told` is one argument, a tuple
+    if precision != "f32" and network.conditions:  # `told` is one argument, a tuple
         shapes = (shapes[0], shapes[1:])
     with torch.no_grad():
         program = torch.export.export(module.eval(), example(network), dynamic_shapes=shapes)
