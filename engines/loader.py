@@ -45,23 +45,37 @@ def resolve(name_or_path: str, sensor: SensorLike, models: Path = MODELS) -> Pat
     engine. A path: NAME.json, or the model beside it. Raises EngineError, NoEngineFits where there
     is no default; whether a named engine fits is left to `load`.
     """
+    if name_or_path == DEFAULT:
+        manifests = {path.stem: read_manifest(path) for path in _shipped(models).values()}
+        return models / f"{_best_fit(manifests, sensor)}.json"
+    hint = "`trainer export` writes model and manifest together"
+    return named(name_or_path, models, "engine", hint, also=(DEFAULT,))
+
+
+def named(
+    name_or_path: str, models: Path, what: str, hint: str, also: tuple[str, ...] = ()
+) -> Path:
+    """The manifest of this path, or of this name in the folder.
+
+    what, hint, also: for the one line of the EngineError: what is looked for, where a manifest
+    comes from, and names there are besides.
+    """
     if Path(name_or_path).suffix in (".json", *SUFFIX.values()):
         path = Path(name_or_path).with_suffix(".json")
         if not path.is_file():
-            raise EngineError(
-                f"engine: no manifest {path}; `trainer export` writes model and manifest together"
-            )
+            raise EngineError(f"{what}: no manifest {path}; {hint}")
         return path
-    shipped = {path.stem: path for path in sorted(models.glob("*.json"))}
-    if name_or_path == DEFAULT:
-        manifests = {name: read_manifest(path) for name, path in shipped.items()}
-        return shipped[_best_fit(manifests, sensor)]
+    shipped = _shipped(models)
     if name_or_path not in shipped:
         raise EngineError(
-            f"engine: no `{name_or_path}`; use {', '.join([DEFAULT, *shipped])}, "
+            f"{what}: no `{name_or_path}`; use {', '.join([*also, *shipped])}, "
             "or the path of a .json or of the model beside it"
         )
     return shipped[name_or_path]
+
+
+def _shipped(models: Path) -> dict[str, Path]:
+    return {path.stem: path for path in sorted(models.glob("*.json"))}
 
 
 def _best_fit(manifests: dict[str, Manifest], sensor: SensorLike) -> str:
@@ -118,14 +132,15 @@ def load(
 ) -> Engine:
     """A warm engine for this sensor; raises EngineError, one line, if there is none."""
     path = resolve(name_or_path, sensor, models)
-    mismatches = read_manifest(path).fits(sensor)
+    manifest = read_manifest(path)
+    mismatches = manifest.fits(sensor)
     if mismatches:
         raise EngineError(
             f"engine {path}: {'; '.join(mismatches)}; use `--engine {DEFAULT}`, or correct the "
             "sensor's fields in the config"
         )
     told = replace(options or Options(), sigma_px=sensor.sigma_px)
-    return open_engine(path, backend, told)
+    return open_model(path, manifest, backend, told)
 
 
 def open_engine(

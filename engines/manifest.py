@@ -4,7 +4,6 @@ Common to all engines is `EngineManifest`; `Manifest` is that of networks that u
 """
 
 import hashlib
-import os
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,6 +14,7 @@ from engines.build import Build, Sha256
 from engines.errors import EngineError, first_fault
 from engines.scaling import Plane, Scaling
 from engines.sensor_needs import SensorLike, SensorNeeds
+from engines.whole import write_whole
 
 Output = Literal["intensity-map", "cell-targets"]
 """What a network says of each cell: its intensity, or the target in it (7 channels)."""
@@ -78,12 +78,7 @@ class EngineManifest(BaseModel):
 
     def write(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""
-        partial = path.with_name(path.name + ".part")
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(self.model_dump_json(indent=2, exclude_none=True) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_whole(path, (self.model_dump_json(indent=2, exclude_none=True) + "\n").encode())
 
 
 class Manifest(EngineManifest):

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.base import Kind
 from engines.build import SUFFIX, Batch, Build, Precision, Target
 from engines.cache import cache_folder
-from engines.manifest import Manifest, sha256_of
+from engines.errors import EngineError
+from engines.manifest import EngineManifest, Manifest, sha256_of
 from trainer.errors import TrainerError
 from trainer.parity import PATCHES, calibration_patches, weights_of
 from trainer.targets import BuildFacts
@@ -36,12 +38,12 @@ class Variant(NamedTuple):
         return f"{self.precision}{streams}, {self.most} patches at a time"
 
 
-class Candidate(NamedTuple):
+class Candidate(NamedTuple, Generic[Kind]):
     """What came of a variant."""
 
     variant: Variant
     path: Path  # of its manifest
-    manifest: Manifest
+    manifest: Kind
     build: Build
     wrong: tuple[str, ...] = ()  # why it is not good enough
 
@@ -53,7 +55,7 @@ class Candidate(NamedTuple):
         ]
         return times[0] if times else float("inf")
 
-    def with_facts(self, **facts: Any) -> "Candidate":
+    def with_facts(self, **facts: Any) -> "Candidate[Kind]":
         """With what was found out about the build, in its manifest too."""
         build = self.build.model_copy(update=facts)
         manifest = self.manifest.model_copy(update={"build": build})
@@ -73,17 +75,31 @@ class Wish(NamedTuple):
     patches: int = PATCHES  # to compare on
 
 
+def check_portable(model: Path, manifest: EngineManifest) -> None:
+    """Raise TrainerError if a model is built already, EngineError if it is not whole."""
+    if manifest.build is not None:
+        raise TrainerError(
+            f"{model}: is built for {manifest.build.target} already, and nothing is made of what "
+            "is built already; compile the portable model"
+        )
+    if not model.is_file() or sha256_of(model) != manifest.onnx_sha256:
+        raise EngineError(
+            f"{model}: missing, truncated or altered, its manifest says SHA-256 "
+            f"{manifest.onnx_sha256[:12]}…; copy or export it again"
+        )
+
+
 def built(
     model: Path,
-    manifest: Manifest,
+    manifest: Kind,
     variant: Variant,
     wish: Wish,
     path: Path,
     tell: Callable[[str], None],
-) -> Candidate:
+) -> Candidate[Kind]:
     """Write a model file and its manifest, NAME.TARGET.json, neither timed nor compared yet."""
     tell(f"building {variant}")
-    batch = Batch(best=wish.batch, most=max(variant.most, wish.batch))
+    batch = Batch(best=wish.batch, most=variant.most)
     file = path.with_suffix(SUFFIX[wish.target])
     facts = _build(model, manifest, variant, wish, batch, file, tell)
     build = Build(
@@ -104,7 +120,7 @@ def built(
 
 def _build(
     model: Path,
-    manifest: Manifest,
+    manifest: EngineManifest,
     variant: Variant,
     wish: Wish,
     batch: Batch,
@@ -140,7 +156,7 @@ def _build(
     )
 
 
-def _graph(model: Path, manifest: Manifest, precision: Precision, target: Target) -> bytes:
+def _graph(model: Path, manifest: EngineManifest, precision: Precision, target: Target) -> bytes:
     """The ONNX model with the precision in it, as far as the target wants it there."""
     if precision == "f32" or (target == "openvino" and precision != "int8"):
         return model.read_bytes()
@@ -154,6 +170,8 @@ def _graph(model: Path, manifest: Manifest, precision: Precision, target: Target
 
     graph = read_model(model)
     if precision == "int8":
+        if not isinstance(manifest, Manifest):
+            raise TrainerError(f"{model}: int8 is for networks that unmix, which can be calibrated")
         changed = quantized(graph, _inputs(manifest), symmetric=target.startswith("tensorrt"))
         if target.startswith("tensorrt"):  # what is not int8 need not be float32
             changed = with_precision(changed, "f16")

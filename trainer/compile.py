@@ -12,11 +12,10 @@ from pathlib import Path
 
 from engines.base import Options
 from engines.build import SUFFIX, Precision, Target
-from engines.errors import EngineError
 from engines.loader import misfits, open_engine
-from engines.manifest import Manifest, read_manifest, sha256_of
+from engines.manifest import Manifest, read_manifest
 from trainer.aside import aside, move_in
-from trainer.build import TAKES, Candidate, Variant, Wish, built
+from trainer.build import TAKES, Candidate, Variant, Wish, built, check_portable
 from trainer.errors import TrainerError, TrainingFailed
 from trainer.parity import HeldOut, Reference, faults, held_out, parity, reference
 from trainer.timing import timed
@@ -47,7 +46,8 @@ def compile_model(
     Raises EngineError for a model that cannot be used, TrainerError for a wish that cannot be,
     TrainingFailed if nothing was good enough: then nothing is written.
     """
-    manifest = _portable(model)
+    manifest = read_manifest(model.with_suffix(".json"))
+    check_portable(model, manifest)
     if wish.precision not in (None, *TAKES[wish.target]):
         raise TrainerError(
             f"--precision {wish.precision}: {wish.target} takes {', '.join(TAKES[wish.target])}"
@@ -99,20 +99,6 @@ def _first_good(candidates: list[Candidate], wanted: Reference, held: HeldOut) -
             failed[precision] = compared.wrong
         candidates[place] = candidates[place]._replace(wrong=failed[precision])
     return None
-
-
-def _portable(model: Path) -> Manifest:
-    manifest = read_manifest(model.with_suffix(".json"))
-    if manifest.build is not None:
-        raise TrainerError(
-            f"{model}: is built for {manifest.build.target} already; compile the portable model"
-        )
-    if not model.is_file() or sha256_of(model) != manifest.onnx_sha256:
-        raise EngineError(
-            f"{model}: missing, truncated or altered, its manifest says SHA-256 "
-            f"{manifest.onnx_sha256[:12]}…; copy or export it again"
-        )
-    return manifest
 
 
 def _variants(wish: Wish) -> list[Variant]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from engines.base import Engine, Options
 from engines.build import Parity
 from engines.loader import open_engine
-from engines.manifest import Manifest
+from engines.manifest import EngineManifest, Manifest
 from pipeline.physics.groups import PROFILES, Profile, draw_patches
 from trainer.data import TorchRandom
 from trainer.errors import TrainerError
@@ -99,7 +99,7 @@ def reference(model: Path, manifest: Manifest, held: HeldOut) -> Reference:
     return Reference(name, maps, scored(maps, manifest, held))
 
 
-def weights_of(model: Path, manifest: Manifest) -> Path | None:
+def weights_of(model: Path, manifest: EngineManifest) -> Path | None:
     """The weights file of the very network a model was exported from."""
     beside = model.with_suffix(".pt")
     for path in (beside, WEIGHTS / f"{manifest.name}.pt", *sorted(WEIGHTS.glob("**/*.pt"))):

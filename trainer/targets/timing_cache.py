@@ -2,11 +2,12 @@
 
 import fcntl
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+from engines.whole import write_whole
 
 
 class TimingCache(NamedTuple):
@@ -35,10 +36,5 @@ def timing_cache(path: Path, tell: Callable[[str], None]) -> Iterator[TimingCach
 
 
 def _replace(path: Path, known: bytes) -> str:
-    partial = path.with_suffix(".part")
-    with partial.open("wb") as file:
-        file.write(known)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_whole(path, known)
     return hashlib.sha256(known).hexdigest()
