@@ -51,7 +51,7 @@ def test_a_live_run_is_seen_whole(scene_recording):
     assert len(run.ages_ms) > 20
     assert min(run.ages_ms) > 0
     assert set(run.growth("irst_node_memory_bytes")) == {
-        "front.0", "unmix.0", "back.0", "supervisor",
+        "front.0", "unmix.0", "supervisor",
     }  # fmt: skip
 
 

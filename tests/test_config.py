@@ -89,8 +89,8 @@ def test_a_mistake_is_named_with_its_path_and_what_is_known_there(tmp_path, text
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ("back: {stages: []}", "back.stages: the flow ends with Unmixed"),
-        ("unmix: {stages: []}", "back.stages: `report` takes Unmixed, but Patches comes there"),
+        ("unmix: {stages: [unmix]}", "unmix.stages: the flow ends with Unmixed"),
+        ("unmix: {stages: [report]}", "unmix.stages: `report` takes Unmixed, but Patches comes there"),
         (
             "unmix: {stages: [unmix, unmix]}",
             "unmix.stages: `unmix` takes Patches, but Unmixed comes there",
@@ -106,14 +106,22 @@ def test_stages_that_do_not_fit_each_other_are_named(tmp_path, stages, message):
 
 
 def test_the_nodes_of_the_table_take_and_give_what_their_stages_do():
-    types = [("Frame", "Patches"), ("Patches", "Unmixed"), ("Unmixed", "TargetReport")]
-    assert flow_types(TOPOLOGY) == types
+    assert flow_types(TOPOLOGY) == [("Frame", "Patches"), ("Patches", "TargetReport")]
 
 
-def test_a_node_without_stages_passes_its_message_on(tmp_path):
-    text = "topology: {front: {stages: []}, unmix: {stages: [detect, crop, unmix]}}"
-    types = [("Frame", "Frame"), ("Frame", "Unmixed"), ("Unmixed", "TargetReport")]
+def test_a_front_without_stages_passes_frames_on(tmp_path):
+    text = "topology: {front: {stages: []}, unmix: {stages: [detect, crop, unmix, report]}}"
+    types = [("Frame", "Frame"), ("Frame", "TargetReport")]
     assert flow_types(load_config(write(tmp_path, text)).topology) == types
+
+
+def test_of_other_nodes_those_with_stages_are_run(tmp_path):
+    text = "topology: {unmix: {stages: [unmix]}, back: {stages: [report]}}"
+    rows = load_config(write(tmp_path, text)).topology
+    assert [row.name for row in rows] == ["front", "unmix", "back"]
+    text = "topology: {front: {stages: [detect, crop, unmix, report]}, unmix: {stages: []}}"
+    with pytest.raises(PipelineError, match="topology: no node after front has stages"):
+        load_config(write(tmp_path, text))
 
 
 def test_a_stage_between_messages_of_one_kind_fits_once(monkeypatch):
@@ -128,11 +136,12 @@ def test_a_stage_between_messages_of_one_kind_fits_once(monkeypatch):
         topology, "component", lambda kind, name: own.get(name) or component(kind, name)
     )
     front, unmix, back, _ = TOPOLOGY
-    refined = replace(unmix, stages=("unmix", "refine"))
+    refined = replace(unmix, stages=("unmix", "refine", "report"))
     assert flow_types([front, refined, back]) == flow_types(TOPOLOGY)
-    assert flow_types([front, refined, replace(back, stages=("steady", "report"))])
+    apart = replace(unmix, stages=("unmix", "refine"))
+    assert flow_types([front, apart, replace(back, stages=("steady", "report"))])
     with pytest.raises(PipelineError, match="`refine` is there already"):
-        flow_types([front, refined, replace(back, stages=("refine", "report"))])
+        flow_types([front, apart, replace(back, stages=("refine", "report"))])
 
 
 def test_a_bomb_of_aliases_gives_a_short_message(tmp_path):

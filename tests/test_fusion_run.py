@@ -22,7 +22,7 @@ from pipeline.stages.recognise import Recognise
 from pipeline.watch import read_figures
 
 FUSION = (
-    "topology: {{yolo: {{stages: [recognise]}}, back: {{stages: [report, fuse]}}}}\n"
+    "topology: {{yolo: {{stages: [recognise]}}, back: {{stages: [fuse]}}}}\n"
     "recognise: {{engine: {engine}}}\n"
     "fuse: {{gate: 0.9999}}\n"
 )
@@ -81,7 +81,7 @@ def test_frames_are_shown_as_calibrated(config, scene_recording, tiny, tmp_path)
 
 def test_off_by_default_nothing_is_different(config, scene_recording):
     plain = load_config(None, source={"kind": "zarr_recording", "path": str(scene_recording)})
-    assert [node.name for node in plain.topology] == ["front", "unmix", "back"]
+    assert [node.name for node in plain.topology] == ["front", "unmix"]
     assert plain.beside is None
     assert not {"recognise", "fuse"} & plain.stages.keys()
     off, on = replayed(plain, replay.in_process), replayed(config, replay.in_process)
@@ -230,16 +230,16 @@ def test_a_detector_that_cannot_be_had_is_said_before_the_first_frame(run_dir): 
     ("text", "said"),
     [
         ("topology: {yolo: {stages: [recognise]}}", "nobody takes what it says"),
-        ("topology: {back: {stages: [report, fuse]}}", "there is none"),
-        ("topology: {yolo: {stages: [detect]}, back: {stages: [report, fuse]}}", "Objects"),
-        ("topology: {yolo: {stages: [recognise]}, back: {stages: [fuse, report]}}", "fuse"),
+        ("topology: {back: {stages: [fuse]}}", "there is none"),
+        ("topology: {yolo: {stages: [detect]}, back: {stages: [fuse]}}", "Objects"),
+        ("topology: {yolo: {stages: [recognise]}, back: {stages: [fuse, report]}}", "`report` takes Unmixed"),
         (
-            "topology: {yolo: {stages: [recognise]}, back: {stages: [report, fuse]}}\n"
+            "topology: {yolo: {stages: [recognise]}, back: {stages: [fuse]}}\n"
             "supervisor: {beside_ms: 2000}",
             "beside_ms must be less than max_age_ms",
         ),
         (
-            "topology: {yolo: {stages: [recognise]}, back: {stages: [report, fuse]}}\n"
+            "topology: {yolo: {stages: [recognise]}, back: {stages: [fuse]}}\n"
             "fuse: {gaet: 1}",
             "unknown field `gaet` at fuse",
         ),

@@ -5,13 +5,15 @@ hands every frame from row to row. The edge into a node holds `queue` frames for
 replicas; `overflow` says what happens when it is full: `block` holds the sender back,
 `drop-oldest` loses the frame that has waited longest, by name, `fail` ends the run. In replay
 every edge blocks. `budget_ms` is what the node may take for a frame of 16 groups; `cores` are
-those it may run on, None = all. `refine` goes after `unmix` in the unmix node
-(configs/refine.yaml); `fuse` has its place before `report` in the back node. A stage runs where a
-configuration names it. What a node takes and gives follows from its stages: `flow_types`.
+those it may run on, None = all. A stage runs where a configuration names it, and a node without
+stages is not run: each node costs a frame 0.8 ms of its age (docs/latency.md). `refine` goes
+between `unmix` and `report` (configs/refine.yaml). What a node takes and gives follows from its
+stages: `flow_types`.
 
 The last row, `yolo`, stands beside the flow: given stages (`recognise`, see configs/fusion.yaml) it
 gets every frame while the others work on it, and what it answers in time joins the flow at the
-stage that takes it, `fuse`. What it sheds or loses is only its answer, not the frame.
+stage that takes it, `fuse`, for which there is the node `back`. What it sheds or loses is only its
+answer, not the frame.
 """
 
 from collections.abc import Iterable, Sequence
@@ -42,15 +44,16 @@ class Node:
 TOPOLOGY = (
     #    name     stages             replicas  queue  overflow  budget_ms       # takes → gives
     Node("front", ("detect", "crop"), 1, 16, "drop-oldest", 2.5),  # Frame → Patches
-    Node("unmix", ("unmix",), 1, 2, "block", 5.0),  # Patches → Unmixed
-    Node("back", ("report",), 1, 16, "block", 1.0),  # Unmixed → TargetReport
+    Node("unmix", ("unmix", "report"), 1, 2, "block", 6.0),  # Patches → TargetReport
+    Node("back", (), 1, 16, "block", 1.0),  # TargetReport, Objects → TargetReport
     Node("yolo", (), 1, 1, "drop-oldest", 100.0, beside=True),  # Frame → Objects, joins at `fuse`
 )
 
 
 def running(topology: Iterable[Node]) -> tuple[Node, ...]:
-    """The rows that are run: all but a node beside the flow without stages."""
-    return tuple(node for node in topology if node.stages or not node.beside)
+    """The rows that are run: the front, which reads the source, and every node with stages."""
+    front, *others = topology
+    return front, *(node for node in others if node.stages)
 
 
 def joining_row(rows: Sequence[Node]) -> int:
@@ -66,18 +69,24 @@ def joins(stage: str) -> bool:
 def flow_types(topology: Iterable[Node], where: str = "topology") -> list[tuple[str, str]]:
     """What each node takes and gives, e.g. ("Frame", "Patches"), by the types of its stages.
 
-    A node without stages passes on what comes. Raises PipelineError, beginning with `where`,
-    if a stage does not take what comes to it, runs twice, or no TargetReport comes out.
+    Raises PipelineError, beginning with `where`, if a stage does not take what comes to it, runs
+    twice, no TargetReport comes out, or nothing is left to do after the front.
     """
-    *rows, last = running(topology)
-    if not last.beside:
-        return _types([*rows, last], TargetReport, where)
-    if not any(joins(stage) for node in rows[1:] for stage in node.stages):
+    rows = running(topology)
+    flow = [node for node in rows if not node.beside]
+    if len(flow) == 1:
         raise PipelineError(
-            f"{where}: topology.{last.name}: nobody takes what it says; "
-            "let topology.back.stages be [report, fuse]"
+            f"{where}: topology: no node after {flow[0].name} has stages; "
+            "let topology.unmix.stages be [unmix, report]"
         )
-    return _types(rows, TargetReport, where, beside=True) + _types([last], Objects, where)
+    if len(flow) == len(rows):
+        return _types(flow, TargetReport, where)
+    if not any(joins(stage) for node in flow[1:] for stage in node.stages):
+        raise PipelineError(
+            f"{where}: topology.{rows[-1].name}: nobody takes what it says; "
+            "let topology.back.stages be [fuse]"
+        )
+    return _types(flow, TargetReport, where, beside=True) + _types(rows[-1:], Objects, where)
 
 
 def _types(
