@@ -34,7 +34,7 @@ RECOVERY_S = 1.0
 GROWTH = 0.05
 SETTLE = 0.2
 EASY_S = 5.0
-LOOK_EVERY = 100  # messages
+LOOK_EVERY = 500  # messages; one takes the time of a frame, which is then late
 
 
 @dataclass

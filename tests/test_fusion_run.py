@@ -232,15 +232,17 @@ def test_a_detector_that_cannot_be_had_is_said_before_the_first_frame(run_dir): 
         ("topology: {yolo: {stages: [recognise]}}", "nobody takes what it says"),
         ("topology: {back: {stages: [fuse]}}", "there is none"),
         ("topology: {yolo: {stages: [detect]}, back: {stages: [fuse]}}", "Objects"),
-        ("topology: {yolo: {stages: [recognise]}, back: {stages: [fuse, report]}}", "`report` takes Unmixed"),
+        (
+            "topology: {yolo: {stages: [recognise]}, back: {stages: [fuse, report]}}",
+            "`report` takes Unmixed",
+        ),
         (
             "topology: {yolo: {stages: [recognise]}, back: {stages: [fuse]}}\n"
             "supervisor: {beside_ms: 2000}",
             "beside_ms must be less than max_age_ms",
         ),
         (
-            "topology: {yolo: {stages: [recognise]}, back: {stages: [fuse]}}\n"
-            "fuse: {gaet: 1}",
+            "topology: {yolo: {stages: [recognise]}, back: {stages: [fuse]}}\nfuse: {gaet: 1}",
             "unknown field `gaet` at fuse",
         ),
     ],

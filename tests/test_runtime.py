@@ -248,9 +248,14 @@ def follow(run_dir: Path, seconds: float) -> list[dict]:
     return messages
 
 
-def test_killed_nodes_are_started_again_and_every_frame_accounted_for(run_dir):
-    process = start(run_dir, SCENE.format(rate=15, folder=run_dir))
+ONE_PROCESS = (Path(__file__).parents[1] / "configs" / "one_process.yaml").read_text()
+
+
+@pytest.mark.parametrize("topology", ["", ONE_PROCESS], ids=["as shipped", "one process"])
+def test_killed_nodes_are_started_again_and_every_frame_accounted_for(run_dir, topology):
+    process = start(run_dir, SCENE.format(rate=15, folder=run_dir) + topology)
     first_status(process)
+    assert len(workers(process.pid)) == (1 if topology else 2)
     messages = []
     subscriber = Subscriber(f"ipc://{run_dir}/out")
     for node in workers(process.pid):

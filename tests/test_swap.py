@@ -15,10 +15,12 @@ from onnx import numpy_helper
 from engines.loader import MODELS
 from engines.manifest import sha256_of
 from pipeline.config import PipelineConfig, load_config, open_source
+from pipeline.errors import PipelineError
 from pipeline.messages import FrameInfo, TargetReport, Trace
 from pipeline.runtime.parity import Parity, Refused
 from pipeline.runtime.settings import SwapSettings
 from pipeline.runtime.supervisor import Supervisor
+from pipeline.runtime.swap import check_swap
 from pipeline.runtime.topology import Node
 
 SHIPPED = "off_grid_any"
@@ -137,6 +139,17 @@ def test_only_an_engine_that_does_as_well_takes_over(config, tmp_path, caplog, m
         digest = sha256_of(Path(model).with_suffix(".onnx"))[:12]
         assert {message["engine"] for message in part} == {digest}
     assert (frames[0]["config"], frames[-1]["config"]) == (config.digest, asked[-1].digest)
+
+
+def test_an_engine_in_the_front_cannot_change_in_a_run(tmp_path):
+    """It is not started anew, so that the sensor is read on."""
+    file = tmp_path / "one.yaml"
+    file.write_text(
+        "topology: {front: {stages: [detect, crop, unmix, report]}, unmix: {stages: []}}"
+    )
+    old = load_config(file)
+    with pytest.raises(PipelineError, match="only the engine and the stages after the front"):
+        check_swap(old, replace(old, engine="off_grid"))
 
 
 NODES = (Node("unmix", ("unmix",), budget_ms=5.0),)

@@ -82,7 +82,8 @@ class Dispatcher:
             return  # from a front that is dead: accounted for already
         self.lose(self.next_in, seq, "transport", "never arrived")
         self.next_in = seq + 1
-        self._enqueue(Job(seq, t_ingest_ns, parts, row=1, superseded=seq < self._first))
+        job = Job(seq, t_ingest_ns, parts, row=0, superseded=seq < self._first)
+        self.forward(job, parts)
 
     def lose(self, first: int, end: int, stage: str, reason: str) -> None:
         """Frames `first` … `end` − 1 will not come from the front."""
@@ -97,7 +98,7 @@ class Dispatcher:
 
     def grant(self) -> int:
         """How many frames more the front may send than it has been told; it is told now."""
-        row = self._rows[1]
+        row = self._rows[:2][-1]  # the edge out of the front; its own where no other node is
         room = row.capacity - self._granted
         if row.overflow == "block":
             room -= len(row.waiting)
@@ -210,13 +211,13 @@ class Dispatcher:
         return None
 
     def forward(self, job: Job, parts: list[Any]) -> None:
-        """A worker's result goes to the next row, or out."""
+        """A result goes to the next row, or out."""
         job.parts, job.worker, job.deaths = parts, None, 0
         job.row += 1
         if job.row < len(self._rows):
             self._enqueue(job)
         else:
-            del self._jobs[job.seq]
+            self._jobs.pop(job.seq, None)
             self.outcomes.append(job)
 
     def give_up(self, job: Job, reason: str, stage: str | None = None) -> None:

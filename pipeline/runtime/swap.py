@@ -30,8 +30,10 @@ log = logging.getLogger(__name__)
 
 def check_swap(old: PipelineConfig, new: PipelineConfig) -> None:
     """Raise PipelineError unless nothing but the engine and stages after the front differ."""
-    fixed = {name: new.stages[name] for name in old.topology[0].stages if name in new.stages}
-    same = replace(old, engine=new.engine, stages={**new.stages}, swap=new.swap)
+    front = old.topology[0].stages
+    fixed = {name: new.stages[name] for name in front if name in new.stages}
+    engine = old.engine if "unmix" in front else new.engine
+    same = replace(old, engine=engine, stages={**new.stages}, swap=new.swap)
     if same != new or any(old.stages[name] != settings for name, settings in fixed.items()):
         raise PipelineError(
             "only the engine and the stages after the front node can change in a run; "

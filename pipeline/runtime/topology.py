@@ -70,15 +70,10 @@ def flow_types(topology: Iterable[Node], where: str = "topology") -> list[tuple[
     """What each node takes and gives, e.g. ("Frame", "Patches"), by the types of its stages.
 
     Raises PipelineError, beginning with `where`, if a stage does not take what comes to it, runs
-    twice, no TargetReport comes out, or nothing is left to do after the front.
+    twice, or no TargetReport comes out.
     """
     rows = running(topology)
     flow = [node for node in rows if not node.beside]
-    if len(flow) == 1:
-        raise PipelineError(
-            f"{where}: topology: no node after {flow[0].name} has stages; "
-            "let topology.unmix.stages be [unmix, report]"
-        )
     if len(flow) == len(rows):
         return _types(flow, TargetReport, where)
     if not any(joins(stage) for node in flow[1:] for stage in node.stages):

@@ -77,10 +77,12 @@ class HubSocket:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # what is granted and held is the limit
         self._hold = bind(self._socket, endpoint)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
 
     def receive(self, wait_ms: int) -> tuple[bytes, list[Any]] | None:
         """Who sent the next message, and its parts; None if none came in time."""
-        if not self._socket.poll(wait_ms):
+        if not self._poller.poll(wait_ms):
             return None
         node, *parts = self._socket.recv_multipart(copy=False)
         return node.bytes, [part.buffer for part in parts]
