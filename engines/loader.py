@@ -174,8 +174,8 @@ def open_model(
     reasons = made.misfits(build) if build else []
     if build is not None and reasons:
         raise EngineError(
-            f"engine {manifest_path}: {'; '.join(reasons)}; run "
-            f"`trainer compile MODEL.onnx --target {build.target}` on this machine"
+            f"engine {manifest_path}: {'; '.join(reasons)}; use the portable model, or run "
+            f"`trainer compile MODEL.onnx --target {build.target}` on the machine it is to run on"
         )
     if "sigma_px" in manifest.conditions and options.sigma_px is None:
         raise EngineError(f"engine {manifest_path}: must be told the sensor's sigma_px; name one")

@@ -1,13 +1,16 @@
 """What every backend promises, by its file: the same tests run on each that can run here."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from linear_engine import MAX_BATCH, SIZE, C, patches, weights, write_engine
 
+from engines.backends import torch_program
 from engines.base import IN_FLIGHT, Engine
 from engines.build import BACKEND, SUFFIX, Batch, Build
 from engines.errors import EngineError
@@ -179,6 +182,24 @@ def test_a_program_of_another_release_of_torch_is_refused(tmp_path: Path) -> Non
     path = torch_build(tmp_path, "torch 1.13.1")
     with pytest.raises(EngineError, match=r"built for torch 1.13, here is torch .*trainer compile"):
         open_engine(path)
+
+
+def test_a_graph_of_more_patches_than_it_is_given(monkeypatch) -> None:
+    """No GPU here: what would be recorded is kept, and run again by `replay`."""
+
+    def recorded(queue, stream):
+        queue()
+        return SimpleNamespace(replay=queue)
+
+    monkeypatch.setattr(torch_program, "_recorded", recorded)
+    waited = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: waited)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    graph = torch_program._Graph(Linear(), (SIZE, SIZE), 8, torch.device("cpu"))
+    for number in (8, 3, 1):
+        maps = graph.launch(torch.from_numpy(patches(number))).wait()
+        assert len(maps) == 8
+        np.testing.assert_allclose(maps[:number].numpy(), expected(patches(number)), atol=1e-5)
 
 
 def test_a_program_others_can_write_to_is_refused(tmp_path: Path) -> None:

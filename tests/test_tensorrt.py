@@ -181,7 +181,7 @@ def test_another_machine(
         setattr(fake, key, value)
     message = refusal(path)
     assert fault.format(name, name) in message
-    assert f"run `trainer compile MODEL.onnx --target {target}` on this machine" in message
+    assert f"or run `trainer compile MODEL.onnx --target {target}` on the machine it" in message
     assert not fake.memory
 
 
@@ -245,6 +245,21 @@ def test_engine_that_is_not_what_its_manifest_says(
     assert fault in refusal(built(tmp_path, target, facts))
     assert not fake.memory and not fake.pinned and not fake.graphs and not fake.current
     assert fake.retained == 0
+
+
+@both
+@pytest.mark.parametrize("batch", [-1, 1])
+def test_of_a_network_that_takes_one_at_a_time_the_batch_may_be_fixed(
+    fake: FakeCuda, tmp_path: Path, target: str, batch: int
+) -> None:
+    shapes = {"patch": [batch, SIZE, SIZE], "map": [batch, CELLS, CELLS]}
+    path = built(tmp_path, target, {"tensors": shapes, "most": 1}, batch={"best": 1, "most": 1})
+    if batch == 1:
+        assert f"takes patches patch (1, {SIZE}, {SIZE}), its manifest says" in refusal(path)
+    manifest = json.loads(path.read_text()) | {"max_batch": 1}
+    path.write_text(json.dumps(manifest))
+    with open_engine(path) as engine:
+        np.testing.assert_array_equal(engine.infer(patches(3)), expected(patches(3)))
 
 
 @both

@@ -165,8 +165,12 @@ def _tensors(trt: Any, engine: Any, conditions: Any) -> tuple[list[str], list[st
 
 
 def _check(trt: Any, engine: Any, manifest: Any, model: Path) -> None:
-    """Refuse an engine whose tensors or batch are not what the manifest says."""
+    """Refuse an engine whose tensors or batch are not what the manifest says.
+
+    Of a network that takes one at a time the batch may be fixed.
+    """
     inputs, outputs = _tensors(trt, engine, manifest.conditions)
+    fixed = manifest.max_batch == 1 and all(engine.get_tensor_shape(n)[0] == 1 for n in inputs)
     sides = (
         ("takes patches", inputs, manifest.patch_shape),
         ("gives maps", outputs, manifest.map_shape),
@@ -174,12 +178,14 @@ def _check(trt: Any, engine: Any, manifest: Any, model: Path) -> None:
     for what, names, shape in sides:
         found = [tuple(engine.get_tensor_shape(name)) for name in names]
         floats = all(engine.get_tensor_dtype(name) == trt.float32 for name in names)
-        if found != [(-1, *shape)] or not floats:
+        wanted = (1 if fixed else -1, *shape)
+        if found != [wanted] or not floats:
             shapes = ", ".join(f"{n} {s}" for n, s in zip(names, found, strict=True))
             raise EngineError(
-                f"{model}: {what} {shapes}, its manifest says float32 {(-1, *shape)}; compile it "
-                "again"
+                f"{model}: {what} {shapes}, its manifest says float32 {wanted}; compile it again"
             )
+    if fixed:
+        return
     least, _, most = (shape[0] for shape in engine.get_tensor_profile_shape(inputs[0], 0))
     if least > 1 or most < manifest.max_batch:
         raise EngineError(

@@ -1,8 +1,10 @@
 """torch running an exported program, on a GPU if there is one: the reference among the backends.
 
-On a GPU each batch size in use becomes a CUDA graph: its launches are recorded once and replayed.
+On a GPU each batch size in use becomes a CUDA graph: its launches are recorded once, before the
+engine is ready, and replayed.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from engines.base import IN_FLIGHT, Engine, Kind, Maps, Options, Patches
 from engines.build import Build
+from engines.cuda.lane import sizes_up_to
 from engines.errors import EngineError
 
 WARM_UPS = 3
@@ -39,6 +42,12 @@ class TorchProgram(Engine[Kind]):
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._waiting: dict[int, Any] = {}
         try:
+            if self._device.type == "cuda":
+                self._graphs = {
+                    (slot, size): _Graph(self._run, manifest.patch_shape, size, self._device)
+                    for slot in range(IN_FLIGHT)
+                    for size in sizes_up_to(manifest.max_batch)
+                }
             for batch in sorted({1, manifest.max_batch}):
                 for _ in range(IN_FLIGHT):
                     self.infer(torch.zeros(batch, *manifest.patch_shape).numpy())
@@ -63,10 +72,8 @@ class TorchProgram(Engine[Kind]):
         if self._device.type == "cpu":
             self._waiting[slot] = self._run(patch)
             return
-        key = (slot, len(patch))
-        if key not in self._graphs:
-            self._graphs[key] = _Graph(self._run, patch, self._device)
-        self._waiting[slot] = self._graphs[key].launch(patch)
+        size = min(n for n in sizes_up_to(self.manifest.max_batch) if n >= len(patch))
+        self._waiting[slot] = self._graphs[slot, size].launch(patch)
 
     def _run(self, patch: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
@@ -77,7 +84,7 @@ class TorchProgram(Engine[Kind]):
         maps = self._waiting.pop(slot)
         if not isinstance(maps, torch.Tensor):
             maps = maps.wait()
-        map_BHW[...] = maps.numpy()
+        map_BHW[...] = maps[: len(map_BHW)].numpy()
 
     def close(self) -> None:
         """Let go of the program and its graphs."""
@@ -89,22 +96,24 @@ class TorchProgram(Engine[Kind]):
 class _Graph:
     """A CUDA graph of one batch size, between pinned host buffers, on a stream of its own."""
 
-    def __init__(self, run: Any, patch: torch.Tensor, device: torch.device) -> None:
+    def __init__(
+        self, run: Any, patch_shape: tuple[int, ...], size: int, device: torch.device
+    ) -> None:
+        pinned = device.type == "cuda"
         self._stream = torch.cuda.Stream(device)
-        self._host = torch.empty_like(patch, pin_memory=True)
-        self._given = patch.to(device)
+        self._host = torch.zeros(size, *patch_shape, pin_memory=pinned)
+        self._given = self._host.to(device, copy=True)
         with torch.cuda.stream(self._stream):
             for _ in range(WARM_UPS):
-                run(self._given)
+                made = run(self._given)
         self._stream.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=self._stream):
-            self._made = run(self._given)
-        self._maps = torch.empty(self._made.shape, dtype=torch.float32, pin_memory=True)
+        self._made = torch.empty_like(made)
+        self._maps = torch.empty(made.shape, dtype=torch.float32, pin_memory=pinned)
+        self._graph = _recorded(lambda: self._made.copy_(run(self._given)), self._stream)
 
     def launch(self, patch: torch.Tensor) -> "_Graph":
-        """Copy, compute and copy back, all queued on the stream."""
-        self._host.copy_(patch)
+        """Copy, compute and copy back, all queued on the stream; fewer patches than the size."""
+        self._host[: len(patch)] = patch
         with torch.cuda.stream(self._stream):
             self._given.copy_(self._host, non_blocking=True)
             self._graph.replay()
@@ -115,6 +124,14 @@ class _Graph:
         """The maps, once they are there; valid until the next launch."""
         self._stream.synchronize()
         return self._maps
+
+
+def _recorded(queue: Callable[[], Any], stream: Any) -> Any:
+    """The graph of what is queued; `replay` runs it again."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        queue()
+    return graph
 
 
 def _first_line(error: BaseException) -> str:
