@@ -1,3 +1,5 @@
+# mypy: allow-untyped-defs, allow-untyped-calls
+# ruff: noqa: ANN001, ANN202
 """Is a bright place shaped like point sources? Two tests that tell edges and hot pixels apart."""
 
 import math
@@ -6,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.imaging.sampling import Integers, square_ring, surroundings, values_at
+from pipeline.imaging.sampling import Integers, square_ring
+from pipeline.physics.compiled import compiled
 from pipeline.physics.psf import pixel_response
 
 STANDS_OUT = 0.35
@@ -28,14 +31,17 @@ def stands_out(image_HW: NDArray[Any], xy: Integers, far_px: int) -> NDArray[np.
     """
     diagonal = round(far_px / math.sqrt(2.0))
     step = np.array([[far_px, 0], [0, far_px], [diagonal, diagonal], [diagonal, -diagonal]])
-    far = surroundings(image_HW, xy[:, None, :] + np.concatenate([step, -step]))  # (N, 8, 9)
-    level = np.sort(far, axis=-1)[..., 4].astype(np.float64)
-    here = surroundings(image_HW, xy).mean(axis=1)
-    across = here[:, None] - 0.5 * (level[:, :4] + level[:, 4:])
-    around = here - np.sort(level, axis=1)[:, -3]
-    least = np.minimum(across.min(axis=1), around)
-    result: NDArray[np.bool_] = least >= STANDS_OUT * across.max(axis=1)
+    result = np.empty(len(xy), np.bool_)
+    _stand_out(image_HW, xy, step, result)
     return result
+
+
+def compile_shapes() -> None:
+    """Have both tests compiled, or read from their cache, now instead of with the first frame."""
+    nowhere = np.zeros((0, 2), np.int64)
+    for dtype in (np.uint8, np.uint16, np.float32):
+        stands_out(np.zeros((1, 1), dtype), nowhere, 1)
+    SpikeTest(1.0)(np.zeros((1, 1), np.float32), nowhere, np.zeros(0, np.float32))
 
 
 class SpikeTest:
@@ -64,8 +70,73 @@ class SpikeTest:
         self, image_HW: NDArray[np.float32], xy: Integers, sigma: NDArray[np.float32]
     ) -> NDArray[np.bool_]:
         """Places (N, 2) that are single pixels, (N,); sigma (N,) is the noise of a pixel there."""
-        ring = np.sort(values_at(image_HW, xy[:, None, :] + self._ring), axis=1)
-        near = surroundings(image_HW, xy) - ring[:, len(self._ring) // 2, None]
-        shortfall = SPIKE_SHARE * near[:, 4] - near @ self._weight
+        shortfall = np.empty(len(xy), np.float32)
+        _fall_short(image_HW, xy, self._ring, self._weight, shortfall)
         result: NDArray[np.bool_] = shortfall > SPIKE_SIGMAS * self._deviation * sigma
         return result
+
+
+@compiled
+def _mirrored(index, length):
+    """Off the image it is mirrored at its outermost pixels."""
+    return length - 1 - abs(length - 1 - abs(index))
+
+
+@compiled
+def _around(image, x, y, values):
+    """Fill values (9,) with the 3 × 3 pixels round a place, row by row."""
+    height, width = image.shape
+    for n in range(9):
+        row, column = _mirrored(y - 1 + n // 3, height), _mirrored(x - 1 + n % 3, width)
+        values[n] = image[row, column]
+
+
+@compiled
+def _sort(values):
+    """In place, by insertion: a few values."""
+    for n in range(1, len(values)):
+        value, place = values[n], n
+        while place > 0 and values[place - 1] > value:
+            values[place] = values[place - 1]
+            place -= 1
+        values[place] = value
+
+
+@compiled
+def _stand_out(image, xy, step, result):
+    """See `stands_out`; step (4, 2) to the far places on one side."""
+    near, level = np.empty(9), np.empty(8)
+    for n in range(len(xy)):
+        x, y = xy[n]
+        least, greatest = math.inf, -math.inf
+        _around(image, x, y, near)
+        here = near.mean()
+        for k in range(4):
+            for side in range(2):
+                sign = 1 - 2 * side
+                _around(image, x + sign * step[k, 0], y + sign * step[k, 1], near)
+                _sort(near)
+                level[2 * k + side] = near[4]
+            across = here - 0.5 * (level[2 * k] + level[2 * k + 1])
+            least, greatest = min(least, across), max(greatest, across)
+        _sort(level)
+        result[n] = min(least, here - level[-3]) >= STANDS_OUT * greatest
+
+
+@compiled
+def _fall_short(image, xy, ring, weight, shortfall):
+    """Fill shortfall (N,): what a hot pixel's neighbours lack of a point source's, counts."""
+    height, width = image.shape
+    near, far = np.empty(9), np.empty(len(ring))
+    for n in range(len(xy)):
+        x, y = xy[n]
+        for k in range(len(ring)):
+            row, column = _mirrored(y + ring[k, 1], height), _mirrored(x + ring[k, 0], width)
+            far[k] = image[row, column]
+        _sort(far)
+        _around(image, x, y, near)
+        near -= far[len(ring) // 2]
+        total = 0.0
+        for k in range(9):
+            total += near[k] * weight[k]
+        shortfall[n] = SPIKE_SHARE * near[4] - total

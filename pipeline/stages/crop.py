@@ -105,8 +105,10 @@ def _by_window(
 ) -> tuple[Integers, NDArray[np.int32], NDArray[np.float32], Integers]:
     """First blob, box, SNR and flags of each group; blobs without a window stay by themselves."""
     number = len(origin)
-    window = np.where(windowed, origin[:, 1] * blobs.pixels_HW.shape[1] + origin[:, 0], -1)
+    window = origin[:, 1] * blobs.pixels_HW.shape[1] + origin[:, 0]
     window = np.where(windowed, window, -1 - np.arange(number))
+    if len(set(window.tolist())) == number:  # as nearly always
+        return np.arange(number), blobs.bbox_px, blobs.snr, flags
     _, first, row = np.unique(window, return_index=True, return_inverse=True)
     order = np.argsort(first)
     first, row = first[order], np.argsort(order)[row]

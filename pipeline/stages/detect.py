@@ -34,7 +34,7 @@ from pipeline.errors import PipelineError
 from pipeline.imaging.bad_pixels import Repair
 from pipeline.imaging.noise_blocks import WITHIN_SIGMA
 from pipeline.imaging.point_filter import PointFilter
-from pipeline.imaging.point_shape import SpikeTest, stands_out
+from pipeline.imaging.point_shape import SpikeTest, compile_shapes, stands_out
 from pipeline.imaging.regions import CORE_SHARE, Image, Regions, find_regions, merge
 from pipeline.imaging.sampling import as_tiles, square_ring, surroundings, values_at
 from pipeline.messages import Blobs, Flag, Frame, Tiling
@@ -94,6 +94,7 @@ class Detect(Stage[Frame, Blobs]):
         core_px = 2.0 * filtered_sigma_px * math.sqrt(-2.0 * math.log(CORE_SHARE))
         self._max_width_px = math.ceil(config.group_span_px + core_px) + 1
         find_regions(np.zeros((1, 1), np.float32), 0.0)  # compiled now, not with the first frame
+        compile_shapes()
 
     @classmethod
     def build(cls, config: Config, context: Context) -> Self:
