@@ -11,7 +11,6 @@ from engines.base import Engine, Maps, Options
 from engines.errors import NoEngineFits
 from engines.loader import load
 from engines.manifest import Manifest
-from engines.scaling import network_input, network_unit
 from pipeline.component import Context, Settings, Stage
 from pipeline.errors import PipelineError
 from pipeline.imaging.fitting import fitted, in_frame, window_of
@@ -22,7 +21,7 @@ from pipeline.physics.fit import compile_fit
 from pipeline.physics.grid import Peaks, local_maxima
 from pipeline.physics.lone import lone_targets, with_lone
 from pipeline.physics.model_only import MODEL, unmix_by_model
-from pipeline.physics.noise import pixel_noise
+from pipeline.physics.patch_input import compile_input, patch_input
 from pipeline.physics.sensor import Sensor
 
 log = logging.getLogger(__name__)
@@ -54,6 +53,7 @@ class Unmix(Stage[Patches, Unmixed]):
     def __init__(self, config: Config, sensor: Sensor, engine: Engine | None) -> None:
         super().__init__(config, sensor)
         self._engine = engine
+        compile_input()
         compile_fit()
         compile_reading()
 
@@ -81,14 +81,14 @@ class Unmix(Stage[Patches, Unmixed]):
 
     def _by_network(self, message: Patches, engine: Engine) -> Unmixed:
         manifest = engine.manifest
-        signal = np.where(message.usable_BHW, message.counts_BHW - message.background_BHW, 0.0)
-        signal = signal.astype(np.float32)
-        noise = signal
-        if "noise" in manifest.planes:
-            counts = message.counts_BHW.astype(np.float32)
-            noise = pixel_noise(counts, message.usable_BHW, self._sensor)
-        unit = network_unit(signal, manifest.scaling, self._sensor.full_scale)
-        patch = network_input(signal, noise, self._sensor.sigma_px, unit, manifest.planes)
+        patch, unit = patch_input(
+            message.counts_BHW,
+            message.background_BHW,
+            message.usable_BHW,
+            self._sensor,
+            manifest.scaling,
+            manifest.planes,
+        )
         maps = engine.infer(patch)
         if not np.isfinite(maps).all():
             raise PipelineError(f"engine {manifest.name}: its maps are not finite")
