@@ -42,6 +42,7 @@ class Run:
     """What was seen of one live run."""
 
     ages_ms: list[float] = field(default_factory=list)
+    fused: int = 0  # with what a detector beside the flow said in time
     lost: list[int] = field(default_factory=list)  # numbers
     looks: list[Look] = field(default_factory=list)
     end: dict[str, Any] = field(default_factory=dict)
@@ -76,6 +77,7 @@ def live_run(config: PipelineConfig) -> Run:
         for number, (message, _) in enumerate(supervisor.messages()):
             if message["schema"] == "irst.targets/1":
                 run.ages_ms.append(message["age_ns"] / 1e6)
+                run.fused += message.get("fusion", {}).get("missing") == ""
             elif message["schema"] == "irst.gap/1":
                 run.lost.append(message["frame_seq"])
             elif message["schema"] == "irst.eos/1":
