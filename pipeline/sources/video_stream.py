@@ -42,7 +42,9 @@ class VideoStream(Source):
         width: int | None = Field(None, ge=SIZE_PX, le=16384, description="of a camera")
         height: int | None = Field(None, ge=SIZE_PX, le=16384)
         frame_rate_hz: float | None = Field(None, gt=0.0)
-        timeout_s: float = Field(5.0, gt=0.0, le=600.0, description="of silence, then it broke off")
+        timeout_s: float = Field(
+            5.0, gt=0.0, le=600.0, description="of silence; of a camera, whole s"
+        )
         reconnect: bool = Field(True, description="false: the end of the stream ends the run")
 
     def __init__(
@@ -59,19 +61,19 @@ class VideoStream(Source):
             )
         self._flags = () if codec(capture) in RAW else ("compressed",)
         capture.release()
-        if min(first_HW.shape) < SIZE_PX:
-            raise PipelineError(
-                f"{config.address}: frames are {first_HW.shape[1]}×{first_HW.shape[0]} px, smaller "
-                f"than the {SIZE_PX}×{SIZE_PX} window targets are unmixed in"
-            )
         height, width = first_HW.shape
+        if min(height, width) < SIZE_PX:
+            raise PipelineError(
+                f"{config.address}: frames are {width}×{height} px, smaller than the "
+                f"{SIZE_PX}×{SIZE_PX} window targets are unmixed in"
+            )
         if self._is_camera and (config.width or width, config.height or height) != (width, height):
             raise PipelineError(
                 f"{config.address}: the camera gives {width}×{height} px; "
-                f"set source.width and source.height to that, or to another size it has"
+                "set source.width and source.height to that, or to another size it has"
             )
         self.sensor = configured_sensor(video_sensor(first_HW), sensor, config.address)
-        self.shape = (first_HW.shape[0], first_HW.shape[1])
+        self.shape = (height, width)
 
     @classmethod
     def build(cls, config: Config, sensor: dict[str, Any]) -> Self:
