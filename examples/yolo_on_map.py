@@ -132,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("weights", nargs="+", help="of trainer/weights, e.g. dista_net")
     parser.add_argument("--maps", type=int, default=4_000, help="to train on")
-    parser.add_argument("--samples", type=int, default=32_000, help="seen in training")
+    parser.add_argument("--samples", type=int, default=24_000, help="seen in training")
     parser.add_argument("--images", type=int, default=10_000, help="to score")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
