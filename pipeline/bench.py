@@ -91,16 +91,19 @@ class Bench:
     def _bad_pixels(self) -> Path:
         return self.folder / f"{self.name}.png"
 
-    def config(self, **source: Any) -> PipelineConfig:
-        """Replay of the recording, with the map of bad pixels that every real sensor has."""
+    def config(self, more: str = "", **source: Any) -> PipelineConfig:
+        """Replay of the recording, with the map of bad pixels that every real sensor has.
+
+        more: further sections, as YAML.
+        """
         file = self.folder / "config.yaml"
-        file.write_text(f"sensor: {{bad_pixels: {self._bad_pixels}}}\n")
+        file.write_text(f"sensor: {{bad_pixels: {self._bad_pixels}}}\n{more}")
         settings = {"kind": "zarr_recording", "path": str(self.recording), **source}
         return load_config(file, source=settings, engine=self.engine)
 
-    def live(self, phases: list[tuple[float, float]]) -> PipelineConfig:
+    def live(self, phases: list[tuple[float, float]], more: str = "") -> PipelineConfig:
         """The recording from memory, for so many seconds at so many frames/s, one after another."""
-        return self.config(kind="loop", phases=phases)
+        return self.config(more, kind="loop", phases=phases)
 
 
 def _collect(messages: Any) -> Summary:

@@ -1,7 +1,8 @@
 """`pipeline bench --live`: live runs at the loads they are built for, beside their budgets.
 
 Method. A scene recording (640 × 512, 14 bit, 16 groups a frame; another without targets) is played
-from memory. (1) 100 Hz: frames lost, age at publish. (2) 200 Hz without anything to unmix: frames
+from memory. (1) 100 Hz: frames lost, age at publish; also with everything up to the report in the
+process that reads the sensor, as in configs/one_process.yaml. (2) 200 Hz without anything to unmix: frames
 lost. (3) Half of what replay manages, then twice as much as that, then half again: memory,
 age, losses that are not named, and until when after the load's end frames are still lost. With
 --soak, (4) 100 Hz for that long: growth of resident memory and descriptors of every process, from
@@ -34,6 +35,7 @@ RECOVERY_S = 1.0
 GROWTH = 0.05
 SETTLE = 0.2
 EASY_S = 5.0
+ONE_PROCESS = "topology: {front: {stages: [detect, crop, unmix, report]}, unmix: {stages: []}}"
 LOOK_EVERY = 500  # messages; one takes the time of a frame, which is then late
 
 
@@ -42,6 +44,7 @@ class Run:
     """What was seen of one live run."""
 
     ages_ms: list[float] = field(default_factory=list)
+    fused: int = 0  # with what a detector beside the flow said in time
     lost: list[int] = field(default_factory=list)  # numbers
     looks: list[Look] = field(default_factory=list)
     end: dict[str, Any] = field(default_factory=dict)
@@ -76,6 +79,7 @@ def live_run(config: PipelineConfig) -> Run:
         for number, (message, _) in enumerate(supervisor.messages()):
             if message["schema"] == "irst.targets/1":
                 run.ages_ms.append(message["age_ns"] / 1e6)
+                run.fused += message.get("fusion", {}).get("missing") == ""
             elif message["schema"] == "irst.gap/1":
                 run.lost.append(message["frame_seq"])
             elif message["schema"] == "irst.eos/1":
@@ -106,12 +110,12 @@ def run_live_bench(frames: int, engine: str | None, seconds: float, soak_s: floa
         empty = Bench(Path(folder), engine, "empty")
         empty.make(frames, singles=0, groups=0)
 
-        run = live_run(scene.live([(seconds, BASE_HZ)]))
-        table.add_section()
-        row(f"{BASE_HZ:g} Hz: frames lost of {run.frames}", len(run.lost), 0)
-        p50, p99 = np.percentile(run.ages_ms, [50, 99])
-        row("  age at publish p50", float(p50), AGE_P50_MS, unit=" ms")
-        row("  age at publish p99", float(p99), AGE_P99_MS, unit=" ms")
+        for how, more in (("", ""), (", one process", ONE_PROCESS)):
+            run = live_run(scene.live([(seconds, BASE_HZ)], more))
+            row(f"{BASE_HZ:g} Hz{how}: frames lost of {run.frames}", len(run.lost), 0)
+            p50, p99 = np.percentile(run.ages_ms, [50, 99])
+            row("  age at publish p50", float(p50), AGE_P50_MS, unit=" ms")
+            row("  age at publish p99", float(p99), AGE_P99_MS, unit=" ms")
         run = live_run(empty.live([(seconds, FAST_HZ)]))
         row(f"{FAST_HZ:g} Hz, nothing to unmix: lost of {run.frames}", len(run.lost), 0)
         _overload(row, scene, seconds)

@@ -154,14 +154,22 @@ def bench(
     frames: Annotated[int, typer.Option(min=20, help="Frames of each measurement.")] = 300,
     engine: EngineOption = None,
     live: Annotated[bool, typer.Option("--live", help="Live runs at full load instead.")] = False,
+    fusion: Annotated[
+        bool,
+        typer.Option("--fusion", help="Live runs with a detector beside the flow and without."),
+    ] = False,
+    detector: Annotated[str, typer.Option(help="For --fusion; `recognise.engine`.")] = "yolo",
     seconds: Annotated[float, typer.Option(min=1.0, help="Of each live run.")] = 60.0,
     soak: Annotated[float, typer.Option(min=0.0, help="Seconds of a soak, e.g. 600.")] = 0.0,
 ) -> None:
     """Measure each stage and hop on this machine, or whole live runs, beside the budgets."""
     from pipeline.bench import run_bench
+    from pipeline.bench_fusion import run_fusion_bench
     from pipeline.bench_live import run_live_bench
 
-    if live:
+    if fusion:
+        run_fusion_bench(frames, engine, seconds, detector)
+    elif live:
         run_live_bench(frames, engine, seconds, soak)
     else:
         run_bench(frames, engine)

@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.errors import PipelineError
 from pipeline.runtime import node
 from pipeline.runtime.flow import Flow
+from pipeline.stages.recognise import Recognise
 from pipeline.stages.unmix import Unmix
 
 FRAME = 3
@@ -104,6 +105,22 @@ def as_its_engine_is_called(task):
         return whole(self, message)
 
     Unmix.process = process
+    node.run_node(task)
+
+
+def as_its_detector_is_called(task):
+    """A node beside with the detector `slow` takes 200 ms more, with `failing` it says nothing."""
+    whole = Recognise.process
+    name = Path(task.config.stages["recognise"].engine).parent.name
+
+    def process(self, message):
+        if name == "slow":
+            time.sleep(0.2)
+        elif name == "failing":
+            raise PipelineError("no idea")
+        return whole(self, message)
+
+    Recognise.process = process
     node.run_node(task)
 
 

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+from tiny_yolo import write_tiny_yolo
 
+from pipeline.bench_fusion import FUSION
 from pipeline.bench_live import Run, live_run
 from pipeline.component import component
 from pipeline.config import load_config
@@ -43,15 +45,18 @@ def test_an_empty_recording_cannot_go_round(tmp_path):
         loop(tmp_path / "none.zarr", [(1.0, 1.0)])
 
 
-def test_a_live_run_is_seen_whole(scene_recording):
+def test_a_live_run_is_seen_whole(scene_recording, tmp_path):
     source = {"kind": "loop", "path": str(scene_recording), "phases": [(2.0, 60.0)]}
-    run = live_run(load_config(None, source=source))
+    config = tmp_path / "config.yaml"
+    config.write_text(FUSION.format(detector=write_tiny_yolo(tmp_path)))
+    run = live_run(load_config(config, source=source))
     assert run.frames == 120
+    assert 0 < run.fused <= len(run.ages_ms)
     assert run.unnamed == 0
     assert len(run.ages_ms) > 20
     assert min(run.ages_ms) > 0
     assert set(run.growth("irst_node_memory_bytes")) == {
-        "front.0", "unmix.0", "supervisor",
+        "front.0", "unmix.0", "back.0", "yolo.0", "supervisor",
     }  # fmt: skip
 
 

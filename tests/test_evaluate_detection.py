@@ -5,7 +5,7 @@ import json
 import cv2
 import numpy as np
 import pytest
-from conftest import assert_one_line_error, write_scene
+from conftest import assert_one_line_error, small_training, write_scene
 
 from pipeline.errors import PipelineError
 from pipeline.evaluation.command import evaluate_detection
@@ -329,9 +329,11 @@ def test_the_same_seed_draws_the_same_pictures_and_every_one_has_a_target(tmp_pa
         draw_clutter(tmp_path / "a", 1, 5)
 
 
-def test_the_discriminant_can_be_fitted_anew(tmp_path):
+def test_the_discriminant_can_be_fitted_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.discriminant.STEPS", 200)  # it is not asked how well it does
     out = tmp_path / "weights.json"
-    fit_discriminant(out, 14, 3)
+    with small_training():
+        fit_discriminant(out, 14, 3)
     shipped = json.loads(_shipped().read_text(encoding="utf-8"))
     stored = json.loads(out.read_text())
     assert {key: np.shape(stored[key]) for key in stored if key not in ("score", "sigmas")} == {

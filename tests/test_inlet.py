@@ -114,15 +114,18 @@ def test_a_source_that_fails_gives_its_frames_first(wake):
 
 
 def test_a_stopped_inlet_ends_though_its_source_does_not(wake):
+    let_go = threading.Event()
+
     class Endless(Quick):
         def frames(self):
             yield from super().frames()
-            threading.Event().wait(60)
+            assert let_go.wait(60)
 
     inlet, _ = make(Endless(2), wake)
     time.sleep(0.2)
     inlet.stop()
     assert len(everything(inlet)) == 2
+    let_go.set()  # else every test's end would wait for its thread
 
 
 class Gapped(Quick):

@@ -1,6 +1,7 @@
 """Another engine in a run that goes on: tried on live frames first. Every process here is real."""
 
 import json
+import time
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -11,17 +12,21 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from tiny_yolo import write_tiny_yolo
 
 from engines.loader import MODELS
 from engines.manifest import sha256_of
 from pipeline.config import PipelineConfig, load_config, open_source
 from pipeline.errors import PipelineError
-from pipeline.messages import FrameInfo, TargetReport, Trace
+from pipeline.messages import FrameInfo, Fusion, TargetReport, Trace
+from pipeline.runtime.join import make_ledger
 from pipeline.runtime.parity import Parity, Refused
 from pipeline.runtime.settings import SwapSettings
 from pipeline.runtime.supervisor import Supervisor
 from pipeline.runtime.swap import check_swap
 from pipeline.runtime.topology import Node
+from pipeline.runtime.trial import Trial
+from pipeline.transport.hub import Word
 
 SHIPPED = "off_grid_any"
 CONFIG = """
@@ -152,6 +157,33 @@ def test_an_engine_in_the_front_cannot_change_in_a_run(tmp_path):
         check_swap(old, replace(old, engine="off_grid"))
 
 
+@pytest.mark.timeout(300)
+def test_a_detector_that_does_not_answer_as_well_is_refused(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(
+        "pipeline.runtime.supervisor.run_node", faulty_nodes.as_its_detector_is_called
+    )
+    text = CONFIG.replace(
+        "topology: {unmix: {replicas: 2}, ",
+        "topology: {yolo: {stages: [recognise]}, back: {stages: [fuse]}, ",
+    ).replace("max_age_ms", "beside_ms: 5000, max_age_ms")
+    configs = []
+    for name in ("first", "failing", "slow"):
+        (tmp_path / name).mkdir()
+        detector = write_tiny_yolo(tmp_path / name, centre_sigma_px=2.0)
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(f"{text}engine: {SHIPPED}\nrecognise: {{engine: {detector}}}\n")
+        configs.append(load_config(file))
+    messages, outcomes = run(configs[0], configs[1:])
+    assert_nothing_lost(messages)
+    assert outcomes == {("refused", figure): 1 for figure in ("answered", "latency")}
+    lines = [record.getMessage() for record in caplog.records if "pipeline" in record.name]
+    assert "the detector answers 0 frames in time" in lines[0] and lines[0].endswith(": no idea")
+    assert "node yolo takes 2" in lines[1]
+    frames = [message for message in messages if message["schema"] == "irst.targets/1"]
+    assert {frame["config"] for frame in frames} == {configs[0].digest}
+    assert "no idea" not in {frame["fusion"]["missing"] for frame in frames}, "a trial is unseen"
+
+
 NODES = (Node("unmix", ("unmix",), budget_ms=5.0),)
 
 
@@ -185,6 +217,10 @@ def compared(old, new, *, old_ms=4.0, new_ms=4.0, same_targets=True, **settings)
 
 
 TWO = report([[4.0, 5.0], [20.0, 9.0]], [0, 2])
+SAID = Fusion("yolo", "", ("",) * 3, np.full((3, 4), np.nan), np.full(3, np.nan))
+FUSED, UNFUSED = (
+    replace(TWO, fusion=replace(SAID, missing=missing)) for missing in ("", "too late")
+)
 
 
 def test_the_same_targets_in_any_order_are_the_same():
@@ -219,3 +255,43 @@ def test_a_node_may_take_its_budget_or_what_the_old_one_took_and_half_again():
     compared(TWO, TWO, old_ms=8.0, new_ms=11.9)
     with pytest.raises(Refused, match=r"unmix takes 12\.10 ms where the old one takes 8\.00"):
         compared(TWO, TWO, old_ms=8.0, new_ms=12.1)
+
+
+def test_a_frame_that_was_shown_before_the_trial_is_not_tried():
+    rows = (
+        Node("front", ("detect", "crop")),
+        Node("back", ("unmix", "report", "fuse")),
+        Node("yolo", ("recognise",), beside=True),
+    )
+    trial = Trial(SwapSettings(), rows, make_ledger(rows, 10**9, 10**9), same_targets=True)
+    trial.ready(b"back", 1)
+    trial.ready(b"yolo", 2)
+    now_ns = time.monotonic_ns()
+    trial.offer(5, now_ns, [b"patches 5"])
+    assert list(trial.assign()) == []
+    trial.show(6, now_ns, [b"frame 6"])
+    trial.offer(6, now_ns, [b"patches 6"])
+    assert [(worker, job.seq, job.parts) for worker, job in trial.assign()] == [
+        (b"yolo", 6, [b"frame 6"])
+    ]
+    trial.hear(b"yolo", Word("result", 6), [b"boxes 6"])
+    ((worker, job),) = trial.assign()
+    assert (worker, job.parts, job.beside) == (b"back", [b"patches 6"], [b"boxes 6"])
+
+
+def test_a_detector_answers_as_often_and_as_soon_as_the_old_one():
+    nodes = (*NODES, Node("yolo", ("recognise",), budget_ms=10.0, beside=True))
+
+    def judged(pairs, new_ms=9.0):
+        parity = Parity(SwapSettings(answered=0.6), nodes)
+        for pair in pairs:
+            traces = (Trace(0, {"unmix": 0, "recognise": round(ms * 1e6)}) for ms in (1.0, new_ms))
+            parity.add(*zip(pair, traces, strict=True))
+        parity.check(same_targets=True)
+
+    judged([(FUSED, FUSED)] * 2 + [(FUSED, UNFUSED)])
+    judged([(UNFUSED, UNFUSED), (UNFUSED, FUSED)], new_ms=11.0)  # with nothing to compare it to
+    with pytest.raises(Refused, match=r"answers 1 frames .* old one answers 2, .*: too late"):
+        judged([(FUSED, FUSED), (FUSED, UNFUSED)])
+    with pytest.raises(Refused, match=r"yolo takes 11\.00 ms where the old one takes 1\.00; 10"):
+        judged([(FUSED, FUSED)], new_ms=11.0)

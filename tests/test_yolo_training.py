@@ -14,8 +14,10 @@ from tiny_yolo import tiny_manifest, write_tiny_yolo
 from engines.detectors import load_detector
 from engines.frame_detector import FrameDetector
 from pipeline.formats.recording import open_recording
+from trainer.build import Wish
 from trainer.errors import TrainerError
 from trainer.yolo import calibrate
+from trainer.yolo.compiled import compile_detector
 from trainer.yolo.scenes import (
     CLASSES,
     CLUTTER,
@@ -188,6 +190,8 @@ def test_compile_builds_a_detector_for_this_machine(command, tmp_path):
         assert build.parity.error == 0.0
         assert build.latency[0].p50_ms > 0.0
     assert_one_line_error(command(*words[:4], "torch"), "--target torch", "openvino")
+    with pytest.raises(TrainerError, match=r"int8: .* there in f32, bf16 \(int8 was slower"):
+        compile_detector(model, Wish("openvino", "int8"), tmp_path, print)
     again = command(*words[:2], tmp_path / "tiny.openvino.onnx", *words[3:])
     assert_one_line_error(again, "is built already")
 

@@ -91,6 +91,10 @@ class Dispatcher:
             self.outcomes.append(Dropped(seq, stage, reason))
         self.next_in = max(self.next_in, end)
 
+    def begin_at(self, seq: int) -> None:
+        """Frames before this one are no affair of this ledger."""
+        self.next_in = seq
+
     def end(self, frames_in: int) -> None:
         """The front has nothing more; there were so many frames in all."""
         self.lose(self.next_in, frames_in, "transport", "never arrived")

@@ -13,6 +13,15 @@ from pipeline.runtime.dispatch import Dispatcher, Job
 from pipeline.runtime.topology import Node, joining_row
 
 
+def make_ledger(
+    topology: Sequence[Node], max_age_ns: int | None, wait_ns: int | None
+) -> Dispatcher:
+    """The ledger of these rows, whether or not the last of them stands beside the flow."""
+    if topology[-1].beside:
+        return Join(topology, max_age_ns, wait_ns)
+    return Dispatcher(topology, max_age_ns)
+
+
 class Join(Dispatcher):
     """A `Dispatcher` of all rows but the last, which is the node beside, and of that one's work.
 
@@ -33,6 +42,11 @@ class Join(Dispatcher):
     def show(self, seq: int, t_ingest_ns: int, parts: list[Any]) -> None:
         """The front shows a frame; what it makes of it comes later, by `take`."""
         self._beside.take(seq, t_ingest_ns, parts)
+
+    def begin_at(self, seq: int) -> None:
+        """Frames before this one are no affair of this ledger."""
+        super().begin_at(seq)
+        self._beside.begin_at(seq)
 
     # --- workers of both -------------------------------------------------------------------
 

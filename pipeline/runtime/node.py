@@ -36,6 +36,7 @@ from pipeline.transport.hub import MAX_TEXT, NodeSocket, Word
 Mode = Literal["replay", "live"]
 ORPHAN_CHECK_S = 0.5
 ALIVE_MS = 100
+LESS_URGENT = 10
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ def run_node(task: NodeTask) -> None:
     cv2.setNumThreads(1)  # the other cores are the other nodes'
     if task.node.cores is not None:
         os.sched_setaffinity(0, task.node.cores)
+    if task.node.beside:
+        os.nice(LESS_URGENT)  # where cores are short, the flow goes first
     # A stopped process would not notice that its supervisor is gone: its death continues it.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
     threading.Thread(target=_outlive_not, args=(task,), daemon=True).start()

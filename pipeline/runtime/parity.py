@@ -28,13 +28,20 @@ class Parity:
         self._settings, self._nodes = settings, nodes
         self.frames = 0  # in which somebody found a target
         self._targets = self._matched = self._groups = self._same_count = 0
-        self._ms: dict[str, list[tuple[float, float]]] = defaultdict(list)  # old, new
+        self._ms: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+        self._answers = [0, 0]  # of a detector beside the flow: old, new
+        self._missing = ""  # why the new one gave none, the last time
 
     def add(self, old: tuple[TargetReport, Trace], new: tuple[TargetReport, Trace]) -> None:
         """Take in what both made of a frame."""
-        (ours, our_trace), (theirs, their_trace) = old, new
-        for node in self._nodes:
-            self._ms[node.name].append((_ms(node, our_trace), _ms(node, their_trace)))
+        ours, theirs = old[0], new[0]
+        self._missing = _missing(theirs) or self._missing
+        for which, (report, trace) in enumerate((old, new)):
+            answered = report.fusion is not None and not _missing(report)
+            self._answers[which] += answered
+            for node in self._nodes:
+                if answered or not node.beside:
+                    self._ms[node.name][which].append(_ms(node, trace))
         number = max(len(ours.bbox_px), len(theirs.bbox_px))
         counts, others = (np.bincount(r.group, minlength=number) for r in (ours, theirs))
         if not counts.any() and not others.any():
@@ -56,8 +63,17 @@ class Parity:
             if same_targets and share < least:
                 line = f"{share:.1%} {what}, {least:.1%} are asked for (swap.{figure})"
                 raise Refused(figure, line)
+        had, has = self._answers
+        if has < self._settings.answered * had:
+            raise Refused(
+                "answered",
+                f"the detector answers {has} frames in time where the old one answers {had}, "
+                f"{self._settings.answered:.1%} are asked for (swap.answered): {self._missing}",
+            )
         for node in self._nodes:
-            old_ms, new_ms = (median(values) for values in zip(*self._ms[node.name], strict=True))
+            if not all(self._ms[node.name]):
+                continue  # a detector of which one has not answered
+            old_ms, new_ms = map(median, self._ms[node.name])
             allowed_ms = max(node.budget_ms, self._settings.slower * old_ms)
             if new_ms > allowed_ms:
                 raise Refused(
@@ -73,6 +89,11 @@ def matches(ours: TargetReport, theirs: TargetReport, within_px: float) -> int:
     near = (away <= within_px) & (ours.group[:, None] == theirs.group[None])
     rows, columns = linear_sum_assignment(near, maximize=True)
     return int(near[rows, columns].sum())
+
+
+def _missing(report: TargetReport) -> str:
+    """Why a detector beside the flow said nothing of a frame; empty if it did, or there is none."""
+    return "" if report.fusion is None else report.fusion.missing
 
 
 def _ms(node: Node, trace: Trace) -> float:

@@ -126,5 +126,8 @@ class SwapSettings(Settings):
     matched: float = Field(0.95, ge=0.0, le=1.0, description="share of targets found by both")
     within_px: float = Field(0.1, gt=0.0, le=10.0, description="how near the two must be")
     counted: float = Field(0.95, ge=0.0, le=1.0, description="share of groups of the same number")
+    answered: float = Field(
+        0.95, ge=0.0, le=1.0, description="share of the old detector's answers, by their number"
+    )
     slower: float = Field(1.5, ge=1.0, le=1000.0, description="than the old one, beyond the budget")
     within_s: float = Field(60.0, ge=1.0, le=3600.0, description="then it is refused")

@@ -17,16 +17,15 @@ from typing import Any, Self
 
 from pipeline.config import PipelineConfig
 from pipeline.errors import PipelineError, RunError
-from pipeline.messages import Dropped
 from pipeline.physics.sensor import Sensor
 from pipeline.runtime.children import Child, Children
 from pipeline.runtime.dead_letters import DeadLetters
 from pipeline.runtime.dispatch import Dispatcher, Job
-from pipeline.runtime.join import Join
+from pipeline.runtime.join import Join, make_ledger
 from pipeline.runtime.node import Mode, NodeTask, hub_endpoint, run_node
 from pipeline.runtime.outlet import Messages, Outlet
 from pipeline.runtime.rehearsal import settle
-from pipeline.runtime.swap import Reloader
+from pipeline.runtime.swap import Reloader, hand_out
 from pipeline.runtime.telemetry import Telemetry
 from pipeline.transport import codec
 from pipeline.transport.hub import FROM_NODE, HubSocket, Word, read_word
@@ -44,11 +43,10 @@ MAX_HEARD = 256
 
 def _ledger(config: PipelineConfig, mode: Mode) -> Dispatcher:
     """For this topology; in replay nothing gets too old."""
-    settings, live = config.supervisor, mode == "live"
-    age_ns = round(settings.max_age_ms * 1e6) if live else None
-    if config.beside is None:
-        return Dispatcher(config.topology, age_ns)
-    return Join(config.topology, age_ns, round(settings.beside_ms * 1e6) if live else None)
+    if mode == "replay":
+        return make_ledger(config.topology, None, None)
+    age_ms, wait_ms = config.supervisor.max_age_ms, config.supervisor.beside_ms
+    return make_ledger(config.topology, round(age_ms * 1e6), round(wait_ms * 1e6))
 
 
 class NodeFailure(PipelineError):
@@ -190,12 +188,7 @@ class Supervisor:
             self._keep_house(now)
         self._dispatcher.expire(time.monotonic_ns())
         for worker, job in self._dispatcher.assign():
-            word = Word("work", job.seq, t_ns=job.t_ingest_ns)
-            if isinstance(job.beside, Dropped):
-                self._hub.send(worker, Word("beside", job.seq, text=job.beside.reason))
-            elif job.beside is not None:
-                self._hub.send(worker, Word("beside", job.seq), job.beside)
-            self._hub.send(worker, word, job.parts)  # not there: it is dead, and will be buried
+            hand_out(self._hub, worker, job)  # not there: it is dead, and will be buried
         front = self._children.all[0]
         if self._started and front.ready and (room := self._dispatcher.grant()):
             self._hub.send(front.identity, Word("grant", room))
@@ -292,6 +285,7 @@ class Supervisor:
             self._reloader.offer(word.seq, word.t_ns, parts)
         elif word.kind == "frame" and isinstance(self._dispatcher, Join):
             self._dispatcher.show(word.seq, word.t_ns, parts)
+            self._reloader.show(word.seq, word.t_ns, parts)
         elif word.kind == "lost":
             self._dispatcher.lose(word.seq, word.end, word.stage, word.text)
         elif word.kind == "end":

@@ -19,6 +19,7 @@ from pipeline.errors import PipelineError, RunError
 from pipeline.messages import Dropped
 from pipeline.runtime.children import Child, Children
 from pipeline.runtime.dispatch import Dispatcher, Job
+from pipeline.runtime.join import make_ledger
 from pipeline.runtime.parity import Refused
 from pipeline.runtime.telemetry import Telemetry
 from pipeline.runtime.trial import Trial
@@ -39,6 +40,15 @@ def check_swap(old: PipelineConfig, new: PipelineConfig) -> None:
             "only the engine and the stages after the front node can change in a run; "
             "restart it for anything else"
         )
+
+
+def hand_out(hub: HubSocket, worker: bytes, job: Job) -> None:
+    """Send a worker a job, after what the node beside the flow says of it."""
+    if isinstance(job.beside, Dropped):
+        hub.send(worker, Word("beside", job.seq, text=job.beside.reason))
+    elif job.beside is not None:
+        hub.send(worker, Word("beside", job.seq), job.beside)
+    hub.send(worker, Word("work", job.seq, t_ns=job.t_ingest_ns), job.parts)
 
 
 class Reloader:
@@ -72,6 +82,11 @@ class Reloader:
                 with self._refusing():
                     self._trial.hear(identity, word, parts[1:])
 
+    def show(self, seq: int, t_ingest_ns: int, parts: list[Any]) -> None:
+        """The front shows a frame to the node beside the flow; its patches come after it."""
+        if self._trial is not None:
+            self._trial.show(seq, t_ingest_ns, parts)
+
     def offer(self, seq: int, t_ingest_ns: int, parts: list[Any]) -> None:
         """A frame has come from the front."""
         if self._trial is not None:
@@ -87,7 +102,7 @@ class Reloader:
                 self._trial.saw(outcome)
             self._trial.compare()
         for worker, job in self._trial.assign() if self._trial is not None else ():
-            hub.send(worker, Word("work", job.seq, t_ns=job.t_ingest_ns), job.parts)
+            hand_out(hub, worker, job)
 
     # --- now and then -----------------------------------------------------------------------
 
@@ -121,16 +136,15 @@ class Reloader:
         if self._config.swap.frames == 0:
             return True
         if self._trial is None:
-            flow = [node for node in running.topology if not node.beside]
+            wait_ns = round(running.supervisor.beside_ms * 1e6)
             self._trial = Trial(
                 self._config.swap,
-                flow,
-                self._dispatcher.max_age_ns,
+                running.topology,
+                make_ledger(running.topology, self._dispatcher.max_age_ns, wait_ns),
                 same_targets=self._config.stages == running.stages,
             )
             for child in new.all:
-                if child.row < len(flow):
-                    self._trial.ready(child.identity, child.row)
+                self._trial.ready(child.identity, child.row)
         return self._trial.passed
 
     def _take_over(self, new: Children) -> tuple[int, PipelineConfig] | None:

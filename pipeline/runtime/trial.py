@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.messages import Dropped, TargetReport, Trace
 from pipeline.runtime.dispatch import Dispatcher, Job
+from pipeline.runtime.join import Join
 from pipeline.runtime.parity import Parity, Refused
 from pipeline.runtime.settings import SwapSettings
 from pipeline.runtime.topology import Node
@@ -28,6 +29,7 @@ Report = tuple[TargetReport, Trace]
 class Trial:
     """Ends with `passed` True, or by raising Refused.
 
+    ledger: of these rows and of nobody else.
     same_targets: they are to find what the old ones find, not only as fast.
     """
 
@@ -35,13 +37,14 @@ class Trial:
         self,
         settings: SwapSettings,
         topology: Sequence[Node],
-        max_age_ns: int | None,
+        ledger: Dispatcher,
         *,
         same_targets: bool,
     ) -> None:
         self._settings, self._same_targets = settings, same_targets
-        self._ledger = Dispatcher(topology, max_age_ns)
+        self._ledger = ledger
         self._parity = Parity(settings, topology[1:])
+        self._shown: tuple[int, int, list[Any]] | None = None  # the last, to the node beside
         self._seq: int | None = None  # of the frame under trial
         self._made: dict[str, Report] = {}  # of it, by "old" and "new"
         self._offered_s = self._next_s = 0.0
@@ -51,13 +54,22 @@ class Trial:
         """A new worker takes part."""
         self._ledger.ready(worker, row)
 
+    def show(self, seq: int, t_ingest_ns: int, parts: list[Any]) -> None:
+        """The front shows a frame, of which `offer` brings the patches."""
+        self._shown = seq, t_ingest_ns, parts
+
     def offer(self, seq: int, t_ingest_ns: int, parts: list[Any]) -> None:
         """A frame has come from the front; it is taken if it is time for one."""
         now_s = time.monotonic()
-        if self._seq is None and now_s >= self._next_s:
-            self._seq, self._offered_s = seq, now_s
-            self._ledger.next_in = seq
-            self._ledger.take(seq, t_ingest_ns, parts)
+        if self._seq is not None or now_s < self._next_s:
+            return
+        self._ledger.begin_at(seq)
+        if isinstance(self._ledger, Join):
+            if self._shown is None or self._shown[0] != seq:
+                return  # it was shown before the trial began
+            self._ledger.show(*self._shown)
+        self._seq, self._offered_s = seq, now_s
+        self._ledger.take(seq, t_ingest_ns, parts)
 
     def assign(self) -> Iterator[tuple[bytes, Job]]:
         """What is to be sent to whom."""

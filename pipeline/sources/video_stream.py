@@ -4,6 +4,8 @@ A camera that gives 16-bit grey (Y16) is taken at that; what is coded with losse
 in the camera, carries the flag "compressed", as files do.
 """
 
+import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from threading import Event
@@ -40,7 +42,9 @@ class VideoStream(Source):
         width: int | None = Field(None, ge=SIZE_PX, le=16384, description="of a camera")
         height: int | None = Field(None, ge=SIZE_PX, le=16384)
         frame_rate_hz: float | None = Field(None, gt=0.0)
-        timeout_s: float = Field(5.0, gt=0.0, le=600.0, description="of a stream that is silent")
+        timeout_s: float = Field(
+            5.0, gt=0.0, le=600.0, description="of silence; of a camera, whole s"
+        )
         reconnect: bool = Field(True, description="false: the end of the stream ends the run")
 
     def __init__(
@@ -48,34 +52,54 @@ class VideoStream(Source):
     ) -> None:
         self._config, self._utc_ns = config, utc_ns
         self._closed = Event()
+        self._is_camera = config.address.startswith("/dev/")
         capture = self._open()
         first_HW = None if capture is None else read_grey(capture)
         if capture is None or first_HW is None:
             raise PipelineError(
-                f"{config.address}: no video comes from there; check the address and the sender"
+                f"{config.address}: no video comes from there; {self._remedy(capture is not None)}"
             )
         self._flags = () if codec(capture) in RAW else ("compressed",)
         capture.release()
-        if min(first_HW.shape) < SIZE_PX:
+        height, width = first_HW.shape
+        if min(height, width) < SIZE_PX:
             raise PipelineError(
-                f"{config.address}: frames are {first_HW.shape[1]}×{first_HW.shape[0]} px, smaller "
-                f"than the {SIZE_PX}×{SIZE_PX} window targets are unmixed in"
+                f"{config.address}: frames are {width}×{height} px, smaller than the "
+                f"{SIZE_PX}×{SIZE_PX} window targets are unmixed in"
+            )
+        if self._is_camera and (config.width or width, config.height or height) != (width, height):
+            raise PipelineError(
+                f"{config.address}: the camera gives {width}×{height} px; "
+                "set source.width and source.height to that, or to another size it has"
             )
         self.sensor = configured_sensor(video_sensor(first_HW), sensor, config.address)
-        self.shape = (first_HW.shape[0], first_HW.shape[1])
+        self.shape = (height, width)
 
     @classmethod
     def build(cls, config: Config, sensor: dict[str, Any]) -> Self:
         """Open the stream and look at a frame; raises PipelineError if none comes."""
         return cls(config, sensor)
 
+    def _remedy(self, opened: bool) -> str:
+        """What to do when no frame has come."""
+        if not self._is_camera:
+            return "check the address and the sender"
+        try:
+            os.close(os.open(self._config.address, os.O_RDWR | os.O_NONBLOCK))
+        except OSError as error:
+            return f"it cannot be opened ({error.strerror}), check the name and who may use it"
+        if opened:
+            return f"no frame in {self._config.timeout_s:g} s, plug the camera in again"
+        return "it is no camera, or another program has it, end that one"
+
     def _open(self) -> cv2.VideoCapture | None:
         address, timeout_ms = self._config.address, round(1000 * self._config.timeout_s)
-        if not address.startswith("/dev/"):
+        if not self._is_camera:
             limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, timeout_ms]
             limits += [cv2.CAP_PROP_READ_TIMEOUT_MSEC, timeout_ms]
             capture = cv2.VideoCapture(address, cv2.CAP_FFMPEG, limits)
         else:
+            os.environ["OPENCV_VIDEOIO_V4L_SELECT_TIMEOUT"] = str(math.ceil(timeout_ms / 1000))
             capture = cv2.VideoCapture(address, cv2.CAP_V4L2)
             self._ask(capture)
         return capture if capture.isOpened() else None

@@ -71,9 +71,10 @@ def compile_detector(
     check_portable(model, manifest)
     choices = CHOICES.get(wish.target, ())
     if not choices or wish.precision not in (None, "f32", *choices):
+        offered = ", ".join(dict.fromkeys(("f32", *choices))) if choices else "none"
         raise TrainerError(
             f"--target {wish.target} --precision {wish.precision}: detectors of frames are built "
-            f"for {', '.join(CHOICES)}, in f32, {', '.join(choices)}"
+            f"for {', '.join(CHOICES)}; there in {offered} (int8 was slower, docs/fusion.md)"
         )
     frames = draw_frames(CALIBRATION_DRAW, FRAMES, HELD_OUT_SEED)
     wanted, reference = _answers(model, frames)
