@@ -2,8 +2,8 @@
 
 Method. A scene recording (640 × 512, 14 bit, 16 groups a frame; another without targets) is played
 from memory. (1) 100 Hz: frames lost, age at publish; also with everything up to the report in the
-process that reads the sensor, as in configs/one_process.yaml. (2) 200 Hz without anything to unmix: frames
-lost. (3) Half of what replay manages, then twice as much as that, then half again: memory,
+process that reads the sensor, as in configs/one_process.yaml. (2) 200 Hz without anything to unmix:
+frames lost. (3) Half of what replay manages, then twice as much as that, then half again: memory,
 age, losses that are not named, and until when after the load's end frames are still lost. With
 --soak, (4) 100 Hz for that long: growth of resident memory and descriptors of every process, from
 a fifth of the time to its end.
