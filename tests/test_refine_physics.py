@@ -41,7 +41,8 @@ def said(group, number, rng, sigma_px=0.05, sigma_counts=100.0, p_exist=0.97):
 
 def test_errors_are_as_large_as_the_covariance_says(rng):
     number = 400
-    found = refine(windows(PAIR, number), said(PAIR, number, rng), SENSOR).candidates
+    network = said(PAIR, number, rng, p_exist=1.0)
+    found = refine(windows(PAIR, number), network, SENSOR).candidates
     assert found.refined.all() and len(found.patch) == 2 * number
     error = found.xy_px - np.tile(PAIR[:, :2], (number, 1))
     xx, xy, yy = found.cov_px2.T
@@ -122,7 +123,8 @@ def test_no_candidates_no_targets(starts):
 def test_neighbours_errors_are_correlated_as_the_joint_covariance_says(rng):
     number = 400
     close = np.array([[4.75, 5.0, 3000.0], [5.3, 5.0, 3000.0]])
-    vague = said(close, number, rng)._replace(cov_px2=np.tile([1.0, 0.0, 1.0], (2 * number, 1)))
+    vague = said(close, number, rng, p_exist=1.0)
+    vague = vague._replace(cov_px2=np.tile([1.0, 0.0, 1.0], (2 * number, 1)))
     found = refine(windows(close, number), vague, SENSOR)
     joint = found.joint_px2
     assert joint.shape == (number, 4, 4)
@@ -137,12 +139,23 @@ def test_neighbours_errors_are_correlated_as_the_joint_covariance_says(rng):
     assert 0.8 < together < 1.3
 
 
-def test_where_the_count_is_not_sure_the_networks_answer_stands(rng):
-    unsure = said(PAIR, 3, rng, p_exist=0.6)
-    found = refine(windows(PAIR, 3), unsure, SENSOR)
-    assert not found.candidates.refined.any()
-    assert_array_equal(found.candidates.xy_px, unsure.xy_px)
-    assert np.isnan(found.joint_px2).all()
+def test_the_less_sure_the_count_the_nearer_to_the_networks_answer(rng):
+    window = windows(PAIR, 1)
+    network = said(PAIR, 1, rng)
+    fitted = refine(window, network._replace(p_count=np.ones(2)), SENSOR)
+    place, joint = [], []
+    for p in (1.0, 0.8, 0.51):
+        found = refine(window, network._replace(p_count=np.full(2, p)), SENSOR)
+        assert found.candidates.refined.all()
+        moved = found.candidates.xy_px - network.xy_px
+        assert_allclose(moved, p**2 * (fitted.candidates.xy_px - network.xy_px), atol=1e-9)
+        place.append(np.abs(moved).max())
+        joint.append(found.joint_px2[0])
+    assert place[0] > place[1] > place[2] > 0.0
+    apart = (fitted.candidates.xy_px - network.xy_px).ravel()
+    own = np.diag(network.cov_px2[:, [0, 2]].ravel())
+    expected = 0.8**6 * fitted.joint_px2[0] + (1 - 0.8**6) * own
+    assert_allclose(joint[1], expected + 0.64 * 0.36 * np.outer(apart, apart), rtol=1e-9)
 
 
 def test_an_extended_object_is_no_group_of_points(rng):
