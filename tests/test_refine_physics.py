@@ -13,6 +13,7 @@ from pipeline.physics.measurement import measure
 from pipeline.physics.psf import render
 from pipeline.physics.refine import refine
 from pipeline.physics.sensor import Sensor
+from trainer.robustness import published
 
 SENSOR = Sensor(sigma_px=0.5, full_scale=16383, read_noise=6.0, gain=8.0)
 LEVEL = 1000.0
@@ -192,6 +193,18 @@ def test_known_intensities_tell_how_many_there_are(rng, number):
     assert found.refined[:number].all()
     without = refine(window, doubtful, sensor).candidates
     assert_array_equal(without.p_count, doubtful.p_count)
+
+
+def test_what_is_published_is_likely_probable_and_significant(rng):
+    group = PAIR[[0, 0, 0]] + [[0, 0, 0], [2, 0, 0], [0, 2, 0]]
+    group[2, 2] = 30.0  # counts: below the noise
+    window = windows(group, 4)
+    found = said(group, 4, rng, sigma_counts=1.0, p_exist=0.9)
+    p_exist, p_count = found.p_exist.copy(), found.p_count.copy()
+    p_exist[3], p_count[7] = 0.4, 0.4
+    kept = published(found._replace(p_exist=p_exist, p_count=p_count), window, SENSOR)
+    assert_array_equal(np.bincount(kept.patch), [2, 1, 1, 2])
+    assert (kept.intensity > 1000.0).all()
 
 
 @pytest.mark.parametrize(("second", "number"), [(0.0, 1), (0.3, 0)])
