@@ -104,6 +104,9 @@ class Manifest(EngineManifest):
     count_spread: tuple[float, float] = Field(
         UNMEASURED_SPREAD, description="of cell-targets: variance of the count, a + b Σ p(1 − p)"
     )
+    position_spread: float = Field(
+        1.0, gt=0.0, description="of cell-targets: factor on the variances of positions it states"
+    )
     profile: str = Field(description="data it was trained on")
     cso_map: float = Field(ge=0.0, le=1.0, description="on held-out patches of the profile")
 

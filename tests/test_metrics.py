@@ -282,12 +282,20 @@ def test_errors_at_the_bound_are_as_large_as_the_bound(rng) -> None:
     which = np.array([(i, k, k) for i, rows in enumerate(true) for k in range(len(rows))])
     bound = np.array([bounds[i][k] for i, _, k in which])
     error = np.array([rng.multivariate_normal([0, 0], one) for one in bound])
-    figures = honesty_figures(error, bound, bounds, which)
-    for few in ("", "_few"):
+    # Of every seventh image one more is found than there is.
+    more = [len(rows) + (i % 7 == 0) for i, rows in enumerate(true)]
+    found = [np.zeros((number, 7)) for number in more]
+    figures = honesty_figures(error, bound, bounds, which, found)
+    for few in ("", "_few", "_few_counted"):
         assert figures[f"rmse_over_bound{few}"] == pytest.approx(1.0, abs=0.08)
         assert figures[f"nees{few}"] == pytest.approx(1.0, abs=0.15)
         assert figures[f"within_95{few}"] == pytest.approx(0.95, abs=0.03)
-    assert honesty_figures(2.0 * error, bound, bounds, which)["within_95"] < 0.6
+    miscounted = np.array([i % 7 == 0 for i, _, _ in which])
+    error[miscounted] *= 2.0
+    worse = honesty_figures(error, bound, bounds, which, found)
+    assert worse["rmse_over_bound_few"] > 1.1
+    assert worse["rmse_over_bound_few_counted"] == figures["rmse_over_bound_few_counted"]
+    assert honesty_figures(2.0 * error, bound, bounds, which, found)["within_95"] < 0.6
 
 
 def test_an_engine_that_finds_nothing_is_refined_to_nothing() -> None:

@@ -53,6 +53,9 @@ def test_a_sure_cell_is_a_target_where_it_says():
     assert (found.p_count > 0.98).all()
     assert_allclose(found.cov_px2, [[0.02**2, 0, 0.02**2]] * 3, rtol=1e-5, atol=1e-12)
     assert_allclose(found.intensity_sigma, 0.05, rtol=1e-6)
+    wider = read_cell_targets(cell_map(maps), 3, 0.5, SPREAD, 1.5)
+    assert_allclose(wider.cov_px2, 1.5 * found.cov_px2)
+    assert_array_equal(wider.intensity_sigma, found.intensity_sigma)
     rows = detections(read_maps(cell_map(maps), UNITS, CELLS), 3)
     assert [len(part) for part in rows] == [1, 0, 2]
     assert rows[0][0, 6] == pytest.approx(90.0) and rows[2][0, 6] == pytest.approx(200.0)

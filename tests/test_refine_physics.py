@@ -13,6 +13,7 @@ from pipeline.physics.measurement import measure
 from pipeline.physics.psf import render
 from pipeline.physics.refine import refine
 from pipeline.physics.sensor import Sensor
+from trainer.robustness import published
 
 SENSOR = Sensor(sigma_px=0.5, full_scale=16383, read_noise=6.0, gain=8.0)
 LEVEL = 1000.0
@@ -41,8 +42,9 @@ def said(group, number, rng, sigma_px=0.05, sigma_counts=100.0, p_exist=0.97):
 
 def test_errors_are_as_large_as_the_covariance_says(rng):
     number = 400
-    found = refine(windows(PAIR, number), said(PAIR, number, rng), SENSOR).candidates
-    assert found.refined.all() and len(found.patch) == 2 * number
+    network = said(PAIR, number, rng, p_exist=1.0)
+    found = refine(windows(PAIR, number), network, SENSOR).candidates
+    assert found.refined.mean() > 0.95 and len(found.patch) == 2 * number
     error = found.xy_px - np.tile(PAIR[:, :2], (number, 1))
     xx, xy, yy = found.cov_px2.T
     inverse = np.linalg.inv(np.stack([np.stack([xx, xy], 1), np.stack([xy, yy], 1)], 1))
@@ -122,7 +124,8 @@ def test_no_candidates_no_targets(starts):
 def test_neighbours_errors_are_correlated_as_the_joint_covariance_says(rng):
     number = 400
     close = np.array([[4.75, 5.0, 3000.0], [5.3, 5.0, 3000.0]])
-    vague = said(close, number, rng)._replace(cov_px2=np.tile([1.0, 0.0, 1.0], (2 * number, 1)))
+    vague = said(close, number, rng, p_exist=1.0)
+    vague = vague._replace(cov_px2=np.tile([1.0, 0.0, 1.0], (2 * number, 1)))
     found = refine(windows(close, number), vague, SENSOR)
     joint = found.joint_px2
     assert joint.shape == (number, 4, 4)
@@ -137,12 +140,33 @@ def test_neighbours_errors_are_correlated_as_the_joint_covariance_says(rng):
     assert 0.8 < together < 1.3
 
 
-def test_where_the_count_is_not_sure_the_networks_answer_stands(rng):
-    unsure = said(PAIR, 3, rng, p_exist=0.6)
-    found = refine(windows(PAIR, 3), unsure, SENSOR)
-    assert not found.candidates.refined.any()
-    assert_array_equal(found.candidates.xy_px, unsure.xy_px)
-    assert np.isnan(found.joint_px2).all()
+def test_the_less_sure_the_count_the_nearer_to_the_networks_answer(rng):
+    window = windows(PAIR, 1)
+    network = said(PAIR, 1, rng)
+    fitted = refine(window, network._replace(p_count=np.ones(2)), SENSOR)
+    place, joint = [], []
+    for p in (1.0, 0.8, 0.51):
+        found = refine(window, network._replace(p_count=np.full(2, p)), SENSOR)
+        assert found.candidates.refined.all()
+        moved = found.candidates.xy_px - network.xy_px
+        assert_allclose(moved, p**2 * (fitted.candidates.xy_px - network.xy_px), atol=1e-9)
+        place.append(np.abs(moved).max())
+        joint.append(found.joint_px2[0])
+    assert place[0] > place[1] > place[2] > 0.0
+    apart = (fitted.candidates.xy_px - network.xy_px).ravel()
+    own = np.diag(network.cov_px2[:, [0, 2]].ravel())
+    expected = 0.8**6 * fitted.joint_px2[0] + (1 - 0.8**6) * own
+    assert_allclose(joint[1], expected + 0.64 * 0.36 * np.outer(apart, apart), rtol=1e-9)
+
+
+def test_a_fit_the_network_thinks_impossible_is_not_taken(rng):
+    network = said(PAIR, 1, rng, sigma_px=0.01, p_exist=1.0)
+    for shift, taken in ((0.0, True), (0.05, False)):
+        moved = network._replace(xy_px=network.xy_px + shift)
+        vague = moved._replace(intensity_sigma=np.full(2, 1e4))
+        found = refine(windows(PAIR, 1), vague, SENSOR).candidates
+        assert (found.refined == taken).all()
+        assert taken or (found.xy_px == moved.xy_px).all()
 
 
 def test_an_extended_object_is_no_group_of_points(rng):
@@ -169,6 +193,18 @@ def test_known_intensities_tell_how_many_there_are(rng, number):
     assert found.refined[:number].all()
     without = refine(window, doubtful, sensor).candidates
     assert_array_equal(without.p_count, doubtful.p_count)
+
+
+def test_what_is_published_is_likely_probable_and_significant(rng):
+    group = PAIR[[0, 0, 0]] + [[0, 0, 0], [2, 0, 0], [0, 2, 0]]
+    group[2, 2] = 30.0  # counts: below the noise
+    window = windows(group, 4)
+    found = said(group, 4, rng, sigma_counts=1.0, p_exist=0.9)
+    p_exist, p_count = found.p_exist.copy(), found.p_count.copy()
+    p_exist[3], p_count[7] = 0.4, 0.4
+    kept = published(found._replace(p_exist=p_exist, p_count=p_count), window, SENSOR)
+    assert_array_equal(np.bincount(kept.patch), [2, 1, 1, 2])
+    assert (kept.intensity > 1000.0).all()
 
 
 @pytest.mark.parametrize(("second", "number"), [(0.0, 1), (0.3, 0)])

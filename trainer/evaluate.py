@@ -106,7 +106,10 @@ def figures(dataset: CsistDataset, method: Method, unmixed: Unmixed) -> dict[str
     their distance over its bound's. nees: mean per dimension of their position errors, within_95:
     share of them inside their 95 % ellipse, both with the covariance the pipeline publishes: that
     of the fit or the network, or, for a network on the grid, the bound at the estimated group plus
-    the variance within a cell; with _few the last three of images of 1 to 3 targets only.
+    the variance within a cell; with _few the last three of images of 1 to 3 targets only, with
+    _few_counted of those of these in which the right number was found: the bound is that of an
+    estimator that knows the number, and a pair seen as one misses its targets by what the bound
+    of a pair does not describe.
     patches_per_s: of the network and, if refined, the fit.
     """
     found, true = unmixed.found, dataset.truths()
@@ -139,7 +142,7 @@ def figures(dataset: CsistDataset, method: Method, unmixed: Unmixed) -> dict[str
         "rmse_px": _rms(np.hypot(error[:, 0], error[:, 1])),
         **bound_figures(bounds),
         "intensity_rmse_relative": _rms(error[:, 2]),
-        **honesty_figures(error, covariance, bounds, matched),
+        **honesty_figures(error, covariance, bounds, matched, found),
         "patches_per_s": len(dataset) / unmixed.seconds,
     }
     return {key: _finite(value) for key, value in values.items()}
@@ -252,7 +255,8 @@ def print_figures(values: dict[str, Any], console: Console) -> None:
         ("RMSE, matched", _text(values["rmse_px"], "px")),
         ("Cramér–Rao bound, median", _text(values["crb_px"], "px")),
         ("intensity RMSE, relative", _text(values["intensity_rmse_relative"])),
-        ("the same over its bound, 1 to 3 targets", _text(values["rmse_over_bound_few"])),
+        ("RMSE over its bound, 1 to 3 targets", _text(values["rmse_over_bound_few"])),
+        ("the same, their number found", _text(values["rmse_over_bound_few_counted"])),
         ("NEES a dimension", _text(values["nees"])),
         ("the same, 1 to 3 targets", _text(values["nees_few"])),
         ("in their 95 % ellipse, 1 to 3 targets", _text(values["within_95_few"])),

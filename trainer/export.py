@@ -33,7 +33,7 @@ from trainer.trained import (
     write_weights,
 )
 from trainer.units import to_network_units
-from trainer.validation import measured_count_spread
+from trainer.validation import measured_count_spread, measured_position_spread
 
 PARITY_TOLERANCE = 1e-4
 """Largest allowed difference between the engine's map and torch's, both f32; see `parity`."""
@@ -76,7 +76,7 @@ def export(network: str, checkpoint: Path, out_dir: Path, name: str) -> tuple[Ma
         manifest = Manifest(
             name=name,
             **_facts(config, built, record),
-            **_counting(config, built),
+            **_sureness(config, built),
             onnx_sha256=sha256_of(model),
             weights_sha256=weights_sha256(weights),
             versions={library: version(library) for library in LIBRARIES},
@@ -215,12 +215,14 @@ def _facts(config: FitConfig, network: UnmixingNetwork, record: dict[str, float]
     }
 
 
-def _counting(config: FitConfig, network: UnmixingNetwork) -> dict[str, Any]:
-    """How sure the network's counts are, of one that counts."""
+def _sureness(config: FitConfig, network: UnmixingNetwork) -> dict[str, Any]:
+    """How sure the network's answers are, of one that counts."""
     if network.output != "cell-targets":
         return {}
     profile = profile_for(config.profile, network)
-    return {"count_spread": measured_count_spread(network, profile, config.scaling)}
+    counts = measured_count_spread(network, profile, config.scaling)
+    positions = measured_position_spread(network, profile, config.scaling, counts)
+    return {"count_spread": counts, "position_spread": positions}
 
 
 @contextmanager

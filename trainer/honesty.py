@@ -69,17 +69,25 @@ def published_covariances(
 
 
 def honesty_figures(
-    error: Array64, covariance: Array64, bounds: list[Array64], matched: NDArray[np.int64]
+    error: Array64,
+    covariance: Array64,
+    bounds: list[Array64],
+    matched: NDArray[np.int64],
+    found: list[Detections],
 ) -> dict[str, Any]:
-    """nees, within_95 and rmse_over_bound of the matched, and of those in images of FEW targets.
+    """nees, within_95 and rmse_over_bound of the matched; of some with a suffix.
 
+    _few: those in images of up to FEW targets. _few_counted: of these images, those in which as
+    many targets were found as there are, as the bound supposes.
     error (P, ≥2) px, covariance (P, 2, 2), matched (P, 3) image, detection and truth.
     """
     bound = np.array([bounds[image][truth] for image, _, truth in matched]).reshape(-1, 2, 2)
     few = np.array([len(bounds[image]) <= FEW for image, _, _ in matched], dtype=np.bool_)
+    counted = np.array([len(bounds[i]) == len(found[i]) for i, _, _ in matched], dtype=np.bool_)
     distance2 = np.sum(error[:, :2] ** 2, axis=1)
     figures: dict[str, Any] = {}
-    for suffix, chosen in (("", np.ones_like(few)), ("_few", few)):
+    groups = {"": np.ones_like(few), "_few": few, "_few_counted": few & counted}
+    for suffix, chosen in groups.items():
         kept = chosen & ~np.isnan(covariance).any(axis=(1, 2))
         squared = mahalanobis(error[kept, :2], covariance[kept])
         ratio2 = distance2[chosen] / np.trace(bound[chosen], axis1=1, axis2=2)

@@ -28,6 +28,7 @@ class Reading(NamedTuple):
     sigma_px: float
     threshold: float = DETECTION_THRESHOLD  # network units, of maps of intensity
     count_spread: CountSpread = UNMEASURED_SPREAD
+    position_spread: float = 1.0
 
     @classmethod
     def of(cls, manifest: Manifest, sensor: Sensor) -> "Reading":
@@ -38,6 +39,7 @@ class Reading(NamedTuple):
             sensor.sigma_px,
             manifest.detection_threshold,
             manifest.count_spread,
+            manifest.position_spread,
         )
 
 
@@ -51,7 +53,9 @@ def read_maps(
     if reading.output == "intensity-map":
         peaks = grid_detections(maps, reading.c, reading.threshold)
     else:
-        peaks = read_cell_targets(maps, reading.c, reading.sigma_px, reading.count_spread)
+        peaks = read_cell_targets(
+            maps, reading.c, reading.sigma_px, reading.count_spread, reading.position_spread
+        )
     return Candidates.read(peaks, unit_B)
 
 

@@ -1,7 +1,8 @@
 """What comes out where the assumptions do not hold: a table of hard cases, by the imaging model.
 
 Each case is many patches of a 14-bit sensor (profile `field`: σ 0.5 px, read noise 6, 8 electrons
-a count, background 1000), unmixed as the pipeline does it: network, then fit.
+a count, background 1000), unmixed as the pipeline does it: network, fit, and of what they find
+what the stage `report` publishes.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from rich.table import Table
 
 from engines.base import Engine
 from pipeline.physics.arrays import NumpyRandom
+from pipeline.physics.candidates import Candidates, significant
 from pipeline.physics.fit import Window
+from pipeline.physics.group_bounds import group_bounds
 from pipeline.physics.groups import PROFILES, SIZE_PX
 from pipeline.physics.lone import lone_targets, with_lone
 from pipeline.physics.measurement import measure
@@ -157,7 +160,7 @@ def robustness(engine: Engine, number: int, seed: int) -> list[dict[str, Any]]:
 
 
 def unmixed(engine: Engine, case: Case) -> Refined:
-    """As the pipeline does it."""
+    """As the pipeline does it, with what it publishes as candidates."""
     seen = to_network_units(
         case.counts_BHW.astype(np.float32),
         SENSOR,
@@ -169,7 +172,21 @@ def unmixed(engine: Engine, case: Case) -> Refined:
     reading = Reading.of(engine.manifest, SENSOR)
     candidates = read_maps(engine.infer(seen.patch), seen.unit, reading)
     window = Window(case.counts_BHW, seen.background.astype(np.float64), case.usable_BHW)
-    return refine(window, with_lone(candidates, lone_targets(window, SENSOR)), SENSOR)
+    found = refine(window, with_lone(candidates, lone_targets(window, SENSOR)), SENSOR)
+    return found._replace(candidates=published(found.candidates, window, SENSOR))
+
+
+def published(found: Candidates, window: Window, sensor: Sensor) -> Candidates:
+    """Those that are significant, as the stage `report` judges them by default."""
+    snr = group_bounds(
+        found.patch.astype(np.int32),
+        found.xy_px,
+        found.intensity,
+        window.background_BHW.mean(axis=(1, 2)),
+        window.usable_BHW,
+        sensor,
+    ).snr
+    return found.take(significant(snr, found.p_exist, found.p_count))
 
 
 def _row(engine: Engine, case: Case) -> dict[str, Any]:

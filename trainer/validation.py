@@ -1,4 +1,6 @@
-"""What a network is like on patches it never sees: its score, and how sure its counts are."""
+"""What a network is like on patches it never sees: its score, and how sure it is of its answers."""
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -9,10 +11,11 @@ from engines.manifest import UNMEASURED_SPREAD
 from engines.scaling import Scaling
 from pipeline.physics.candidates import count_probabilities
 from pipeline.physics.cell_targets import CountSpread, cell_probability, count_at_least
-from pipeline.physics.groups import MAX_TARGETS, Profile, draw_patches
+from pipeline.physics.groups import MAX_TARGETS, PROFILES, Groups, Profile, draw_patches
 from trainer.data import TorchRandom
 from trainer.fit_config import VALIDATION_SEED
-from trainer.metrics import CsoMap, cso_map
+from trainer.honesty import FEW, WITHIN_95, mahalanobis, stated_covariances
+from trainer.metrics import CsoMap, cso_map, matched_errors
 from trainer.network import UnmixingNetwork
 from trainer.reading import Reading, detections, read_maps
 from trainer.units import to_network_units
@@ -38,11 +41,7 @@ def held_out_cso_map(
     maps_B = torch.cat(maps).float().numpy()
     reading = Reading(network.output, network.config.c, profile.sensor.sigma_px)
     read = read_maps(maps_B, unit.numpy(), reading)
-    true = [
-        xy_px[:count]
-        for xy_px, count in zip(groups.xy_px.numpy(), groups.count.tolist(), strict=True)
-    ]
-    return cso_map(detections(read, samples), true)
+    return cso_map(detections(read, samples), _truths(groups))
 
 
 def measured_count_spread(
@@ -70,3 +69,50 @@ def measured_count_spread(
     start = np.log(UNMEASURED_SPREAD)
     a, b = np.exp(minimize(surprise, start, method="Nelder-Mead", options={"xatol": 1e-2}).x)
     return round(float(a), 4), round(float(b), 4)
+
+
+def measured_position_spread(
+    network: UnmixingNetwork,
+    profile: Profile,
+    scaling: Scaling,
+    count_spread: CountSpread,
+    samples: int = 4000,
+) -> float:
+    """By what factor the errors of positions exceed the variances the network states of them.
+
+    Of groups of 1 to FEW targets, `samples` patches of each profile of the sensor: between what
+    makes their NEES 1 and what makes 95 % ellipses hold 95 % (geometric mean), since the errors
+    are no normal variables.
+    """
+    squared = []
+    for place, judged in enumerate(_as_seen(profile)):
+        rng = TorchRandom(VALIDATION_SEED + 4 + place)
+        patch, groups = draw_patches(judged, samples, rng, FEW)
+        seen = to_network_units(
+            patch, judged.sensor, scaling, background=judged.background > 0.0, planes=network.planes
+        )
+        with torch.no_grad():
+            maps = torch.cat([network(part) for part in seen.patch.split(_PATCHES_AT_ONCE)])
+        c, sigma_px = network.config.c, judged.sensor.sigma_px
+        reading = Reading(network.output, c, sigma_px, count_spread=count_spread)
+        found = detections(read_maps(maps.numpy(), seen.unit.numpy(), reading), samples)
+        which, error = matched_errors(found, _truths(groups))
+        squared.append(mahalanobis(error[:, :2], stated_covariances(found, which)))
+    all_of_them = np.concatenate(squared)
+    if len(all_of_them) == 0:
+        return 1.0
+    nees, edge = all_of_them.mean() / 2.0, np.quantile(all_of_them, 0.95) / WITHIN_95
+    return round(float(np.sqrt(nees * edge)), 3)
+
+
+def _as_seen(profile: Profile) -> list[Profile]:
+    """The profiles of this one's sensor, but those for training only."""
+    sensor = replace(profile.sensor, id="")
+    others = [p.at_sigma(sensor.sigma_px) for p in PROFILES.values() if p.sigma_range_px is None]
+    return [other for other in others if replace(other.sensor, id="") == sensor]
+
+
+def _truths(groups: Groups) -> list[NDArray[np.float64]]:
+    """Of each image (n, 3): x px, y px, intensity counts."""
+    table = np.concatenate([groups.xy_px.numpy(), groups.intensity.numpy()[..., None]], axis=2)
+    return [rows[:count] for rows, count in zip(table, groups.count.tolist(), strict=True)]

@@ -13,6 +13,25 @@ LIKELY = 0.5
 """A candidate whose p_count is at least this is a target; others only say how sure the count is."""
 
 
+MIN_SNR = 4.0
+MIN_P_EXIST = 0.5
+"""A target is published if its matched-filter SNR, its fellows known, and its existence are these
+at least, and it is within the most probable count."""
+
+
+def significant(
+    snr: Array64,
+    p_exist: Array64,
+    p_count: Array64,
+    min_snr: float = MIN_SNR,
+    min_p_exist: float = MIN_P_EXIST,
+) -> NDArray[np.bool_]:
+    """Which targets (M,) are published; probabilities that are NaN, unsaid, speak against none."""
+    unlikely = (p_count < LIKELY) | (p_exist < min_p_exist)
+    keep: NDArray[np.bool_] = (snr >= min_snr) & ~unlikely
+    return keep
+
+
 class Candidates(NamedTuple):
     """Targets of many patches, in the order of the patches; positions in patch coordinates.
 

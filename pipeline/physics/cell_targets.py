@@ -43,7 +43,11 @@ numbers, with variance a + b Σ p(1 − p); of each engine, measured when it is 
 
 
 def read_cell_targets(
-    map_BCHW: NDArray[np.floating], c: int, sigma_px: float, count_spread: CountSpread
+    map_BCHW: NDArray[np.floating],
+    c: int,
+    sigma_px: float,
+    count_spread: CountSpread,
+    position_spread: float = 1.0,
 ) -> Peaks:
     """Targets of each patch, the surest first, and one more where it is not sure there is none.
 
@@ -52,6 +56,7 @@ def read_cell_targets(
     `p_exist` is what was gathered: that there is a target thereabouts. `p_count` of the k-th is the
     probability of k or more in the patch, so its differences are the probabilities of the counts,
     and those of at least a half are as many targets as the cells' probabilities add up to, rounded.
+    position_spread: factor on the covariances of the positions, as measured of the engine.
     """
     batch, _, height, width = map_BCHW.shape
     flat = np.ascontiguousarray(map_BCHW).reshape(batch, CHANNELS, c * c * height * width)
@@ -63,7 +68,7 @@ def read_cell_targets(
         value=found[:, 3],
         p_exist=found[:, 4],
         p_count=found[:, 3].copy(),
-        cov_px2=found[:, 5:8],
+        cov_px2=position_spread * found[:, 5:8],
         intensity_sigma=found[:, 8],
     )
 

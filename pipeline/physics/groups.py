@@ -174,9 +174,11 @@ def draw_groups(
     )
 
 
-def draw_patches(profile: Profile, number: int, rng: Random) -> tuple[Array, Groups]:
+def draw_patches(
+    profile: Profile, number: int, rng: Random, max_targets: int = MAX_TARGETS
+) -> tuple[Array, Groups]:
     """Measured patches (number, 11, 11) in counts, background included, and their truth."""
-    groups = draw_groups(profile, number, rng)
+    groups = draw_groups(profile, number, rng, max_targets)
     mean = profile.background + render(
         groups.xy_px, groups.intensity, (SIZE_PX, SIZE_PX), groups.sigma_px[:, None]
     )

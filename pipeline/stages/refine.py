@@ -8,23 +8,22 @@ from pipeline.component import Settings, Stage
 from pipeline.imaging.fitting import candidates_of, fitted, window_of
 from pipeline.messages import Unmixed
 from pipeline.physics.fit import Priors, compile_fit
-from pipeline.physics.refine import ADDITIONS, MAX_CHI2, PENALTY, SURE, refine
+from pipeline.physics.refine import ADDITIONS, MAX_CHI2, PENALTY, refine
 from pipeline.physics.sensor import Sensor
 
 
 class Refine(Stage[Unmixed, Unmixed]):
     """Takes the network's targets as candidates; keeps, moves, merges or adds by the likelihood.
 
-    Where a group's fit does not converge (UNCONVERGED), leaves the window, or would be of a number
-    of targets the network is not sure of, the network's answer is kept. A group that point sources
-    do not explain is a MISFIT.
+    Of what a network off the grid has counted, the answer is between its own and the fit's, by how
+    sure the number is. Where a group's fit does not converge (UNCONVERGED) or leaves the window,
+    the network's answer is kept. A group that point sources do not explain is a MISFIT.
     """
 
     class Config(Settings):
         """penalty: what a target must add to twice the log-likelihood, see `select`.
 
-        starts: how many times to fit what a network off the grid has found. sure: how probable
-        its count must be for its targets to be fitted. max_chi2: reduced, of
+        starts: how many times to fit what a network off the grid has found. max_chi2: reduced, of
         a group that point sources explain. intensity (lowest and highest, counts) and separation_px
         (least): rules of a benchmark; a sensor has none.
         """
@@ -32,7 +31,6 @@ class Refine(Stage[Unmixed, Unmixed]):
         penalty: float = Field(PENALTY, ge=0.0)
         additions: int = Field(ADDITIONS, ge=0, le=8)
         starts: int = Field(1, ge=1, le=64)
-        sure: float = Field(SURE, ge=0.0, le=1.0)
         max_chi2: float = Field(MAX_CHI2, gt=1.0)
         intensity: tuple[float, float] | None = None
         separation_px: float = Field(0.0, ge=0.0)
@@ -61,6 +59,5 @@ class Refine(Stage[Unmixed, Unmixed]):
             penalty=config.penalty,
             additions=config.additions,
             starts=config.starts,
-            sure=config.sure,
         )
         return replace(message, **fitted(message.patches, found, config.max_chi2))

@@ -15,7 +15,7 @@ from scipy.special import ndtr
 
 from pipeline.component import Context, Settings, Stage
 from pipeline.messages import MAX_COUNT, Angles, FrameInfo, TargetReport, Unmixed
-from pipeline.physics.candidates import LIKELY, count_probabilities
+from pipeline.physics.candidates import MIN_P_EXIST, MIN_SNR, count_probabilities, significant
 from pipeline.physics.geometry import Geometry
 from pipeline.physics.grid import cell_variance_px2
 from pipeline.physics.group_bounds import Bounds, compile_bounds, group_bounds
@@ -34,8 +34,8 @@ class Report(Stage[Unmixed, TargetReport]):
         method that says so.
         """
 
-        min_snr: float = Field(4.0, ge=0.0)
-        min_p_exist: float = Field(0.5, ge=0.0, le=1.0)
+        min_snr: float = Field(MIN_SNR, ge=0.0)
+        min_p_exist: float = Field(MIN_P_EXIST, ge=0.0, le=1.0)
 
     def __init__(self, config: Config, sensor: Sensor, geometry: Geometry | None = None) -> None:
         super().__init__(config, sensor)
@@ -51,9 +51,8 @@ class Report(Stage[Unmixed, TargetReport]):
         """All targets of the frame that are significant, with what is known of each."""
         patches = message.patches
         snr, cov_px2, intensity_sigma = self._information(message)
-        # Neither is so where it is NaN: unsaid.
-        unlikely = (message.p_count < LIKELY) | (message.p_exist < self._config.min_p_exist)
-        keep = (snr >= self._config.min_snr) & ~unlikely
+        least = self._config.min_snr, self._config.min_p_exist
+        keep = significant(snr, message.p_exist, message.p_count, *least)
         group = patches.group[message.patch[keep]]
         intensity, sigma = message.intensity[keep], intensity_sigma[keep]
         said = message.p_exist[keep]

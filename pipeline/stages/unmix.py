@@ -113,7 +113,8 @@ class Unmix(Stage[Patches, Unmixed]):
 
     def _read(self, maps: Maps, manifest: Manifest) -> Peaks:
         if manifest.output == "cell-targets":
-            return read_cell_targets(maps, manifest.c, self._sensor.sigma_px, manifest.count_spread)
+            sigma_px, counts = self._sensor.sigma_px, manifest.count_spread
+            return read_cell_targets(maps, manifest.c, sigma_px, counts, manifest.position_spread)
         config = self._config
         threshold = config.threshold or manifest.detection_threshold
         separate = manifest.separate if config.separate is None else config.separate
