@@ -28,7 +28,7 @@ class Flag(IntFlag):
     MERGED = 16  # several blobs, one window
     OVERFLOW = 32  # left out: more blobs in the frame than detect.max_blobs
     CLUTTER = 64  # its surroundings are no plane (horizon, building): never unmixed
-    CROWDED = 128  # more peaks in its window than are kept
+    CROWDED = 128  # more targets in its window than networks are made for: rather one thing
     MISFIT = 256  # no group of point sources explains its counts
     UNCONVERGED = 512  # its fit found no maximum; the network's answer is given
     UNCONFIRMED = 1024  # the detector beside the flow looked and has no box there

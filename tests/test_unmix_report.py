@@ -15,6 +15,7 @@ from pipeline.messages import Flag, FrameInfo, Patches, Unmixed, check_wire, tar
 from pipeline.physics.bounds import cramer_rao, fisher_information
 from pipeline.physics.cell_targets import count_at_least
 from pipeline.physics.grid import cell_centres_px, target_map
+from pipeline.physics.groups import MAX_TARGETS
 from pipeline.physics.psf import render
 from pipeline.physics.sensor import Sensor
 from pipeline.stages.refine import Refine
@@ -193,16 +194,19 @@ def test_of_a_crowded_patch_the_strongest_peaks_are_kept_and_its_group_flagged()
     assert message["groups"]["flags"] == [[], ["edge", "crowded"], []]
 
 
-def test_as_many_peaks_as_are_kept_are_no_crowd():
+@pytest.mark.parametrize(
+    ("number", "flags"), [(MAX_TARGETS, 0), (MAX_TARGETS + 1, Flag.CROWDED), (16, Flag.CROWDED)]
+)
+def test_as_many_as_a_group_may_have_are_no_crowd(number, flags):
     patches, truth = scene(GROUPS[:1])
     truth[0] = 0.0
-    truth[0, 1::8, 1::8] = 900.0
-    assert np.count_nonzero(truth) == MAX_PEAKS
+    rows, columns = np.mgrid[1:33:8, 1:33:8].reshape(2, -1)
+    truth[0, rows[:number], columns[:number]] = 900.0
     unmixed = Unmix(
         Unmix.Config(threshold=0.01), SENSOR, PerfectEngine(truth, "full_scale")
     ).process(patches)
-    assert len(unmixed.patch) == MAX_PEAKS
-    assert unmixed.patches.flags.tolist() == [0]
+    assert len(unmixed.patch) == number <= MAX_PEAKS
+    assert unmixed.patches.flags.tolist() == [flags]
 
 
 def unmixed_from(groups) -> Unmixed:

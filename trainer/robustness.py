@@ -16,7 +16,7 @@ from rich.table import Table
 
 from engines.base import Engine
 from pipeline.physics.arrays import NumpyRandom
-from pipeline.physics.candidates import Candidates, significant
+from pipeline.physics.candidates import Candidates, crowded, significant
 from pipeline.physics.fit import Window
 from pipeline.physics.group_bounds import group_bounds
 from pipeline.physics.groups import PROFILES, SIZE_PX
@@ -145,8 +145,8 @@ def robustness(engine: Engine, number: int, seed: int) -> list[dict[str, Any]]:
 
     found: mean number of targets. right: share of patches with the right number. false_second:
     share with more than there are. pd: share of true targets with one found within 0.25 px. nees,
-    per dimension, and within_95 of those matched within 0.5 px. misfit, unconverged: share of
-    patches flagged. finite: nothing published is NaN or infinite. Raises TrainerError for an
+    per dimension, and within_95 of those matched within 0.5 px. misfit, unconverged, crowded: share
+    of patches flagged. finite: nothing published is NaN or infinite. Raises TrainerError for an
     engine on the grid, whose maps the pipeline reads otherwise.
     """
     if engine.manifest.output != "cell-targets":
@@ -159,8 +159,8 @@ def robustness(engine: Engine, number: int, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def unmixed(engine: Engine, case: Case) -> Refined:
-    """As the pipeline does it, with what it publishes as candidates."""
+def unmixed(engine: Engine, case: Case) -> tuple[Refined, NDArray[np.bool_]]:
+    """As the pipeline does it, with what it publishes as candidates; which patches are crowded."""
     seen = to_network_units(
         case.counts_BHW.astype(np.float32),
         SENSOR,
@@ -173,7 +173,8 @@ def unmixed(engine: Engine, case: Case) -> Refined:
     candidates = read_maps(engine.infer(seen.patch), seen.unit, reading)
     window = Window(case.counts_BHW, seen.background.astype(np.float64), case.usable_BHW)
     found = refine(window, with_lone(candidates, lone_targets(window, SENSOR)), SENSOR)
-    return found._replace(candidates=published(found.candidates, window, SENSOR))
+    many = crowded(candidates.patch, candidates.p_count, len(case.true))
+    return found._replace(candidates=published(found.candidates, window, SENSOR)), many
 
 
 def published(found: Candidates, window: Window, sensor: Sensor) -> Candidates:
@@ -191,7 +192,7 @@ def published(found: Candidates, window: Window, sensor: Sensor) -> Candidates:
 
 def _row(engine: Engine, case: Case) -> dict[str, Any]:
     number = len(case.true)
-    result = unmixed(engine, case)
+    result, many = unmixed(engine, case)
     found = detections(result.candidates, number)
     more = np.array([len(f) > len(t) for f, t in zip(found, case.true, strict=True)])
     which, error = matched_errors(found, case.true)
@@ -208,6 +209,7 @@ def _row(engine: Engine, case: Case) -> dict[str, Any]:
         "within_95": float((squared < WITHIN_95).mean()) if len(squared) else None,
         "misfit": float(np.mean(result.reduced_chi2 > MAX_CHI2)),
         "unconverged": float(np.mean(~result.converged)),
+        "crowded": float(many.mean()),
         "finite": bool(np.isfinite(values).all()),
     }
 
@@ -217,10 +219,10 @@ def print_robustness(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table(title="hard cases, profile field, network and fit")
     for heading in (
         *("case", "targets found", "right number %", "too many %", "Pd %"),
-        *("NEES", "in 95 % ellipse %", "misfit %", "unconverged %", "all finite"),
+        *("NEES", "in 95 % ellipse %", "misfit %", "unconverged %", "crowded %", "all finite"),
     ):
         table.add_column(heading)
-    shares = {"right", "false_second", "pd", "within_95", "misfit", "unconverged"}
+    shares = {"right", "false_second", "pd", "within_95", "misfit", "unconverged", "crowded"}
     for row in rows:
         table.add_row(*(_text(value, percent=key in shares) for key, value in row.items()))
     console.print(table)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.physics.grid import Peaks
+from pipeline.physics.groups import MAX_TARGETS
 
 Array64 = NDArray[np.float64]
 
@@ -119,6 +120,13 @@ def table(candidates: Candidates, patches: int, spare: int = 0) -> Table:
     present = np.arange(columns) < count[:, None]
     p_exist, p_count = values[..., 3], values[..., 4]
     return Table(present, values[..., :3], p_exist, p_count, values[..., 5:8], values[..., 8])
+
+
+def crowded(patch: NDArray[np.integer], p_count: Array64, patches: int) -> NDArray[np.bool_]:
+    """Patches (B,) of more targets than a group is taken to have: many, or one extended thing."""
+    targets = patch[~(p_count < LIKELY)]  # NaN: unsaid
+    result: NDArray[np.bool_] = np.bincount(targets, minlength=patches) > MAX_TARGETS
+    return result
 
 
 def count_probabilities(at_least_BK: Array64) -> Array64:
