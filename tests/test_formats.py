@@ -350,10 +350,12 @@ def test_what_is_no_such_file_is_one_line(tmp_path, recording, opener):
     text = tmp_path / "notes.txt"
     text.write_text("not zarr")
     (tmp_path / "empty").mkdir()
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "zarr.json").write_text("{no json")
-    for path in (text, tmp_path / "empty", broken, recording / "frame"):
+    broken = []
+    for number, metadata in enumerate(["{no json", "0", "null", "[]", '"zarr"']):
+        broken.append(tmp_path / f"broken{number}")
+        broken[-1].mkdir()
+        (broken[-1] / "zarr.json").write_text(metadata)
+    for path in (text, tmp_path / "empty", *broken, recording / "frame"):
         with pytest.raises(PipelineError, match="not a zarr group") as error:
             opener(path)
         assert str(path) in one_line(error)

@@ -18,10 +18,11 @@ FORMAT_VERSION = 1
 UNSIGNED = ("uint8", "uint16")
 
 _STORE_ERRORS = (
-    OSError, ValueError, TypeError, KeyError, RuntimeError, MemoryError, SystemError,
+    OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, MemoryError,
+    SystemError,
 )  # fmt: skip
-"""What zarr and its codecs raise on metadata and chunks they cannot make sense of; the last two
-come of a chunk that claims a size beyond reason."""
+"""What zarr and its codecs raise on metadata and chunks they cannot make sense of, AttributeError
+on JSON that is no map; the last two come of a chunk that claims a size beyond reason."""
 
 
 @contextmanager
