@@ -142,7 +142,8 @@ def _overload(row: Any, scene: Bench, seconds: float) -> None:
     ]
     source.close()
     slowest_ns = max(
-        float(np.mean([stamp[stage] for stamp in stamps])) for stage in ("detect", "unmix")
+        float(np.mean([sum(stamp[stage] for stage in node.stages) for stamp in stamps]))
+        for node in scene.config().topology
     )
     can_hz = 1e9 / slowest_ns
     easy, hard = can_hz / 2.0, can_hz * 2.0

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.errors import PipelineError
+from pipeline.messages import Unmixed
 from pipeline.runtime import node
 from pipeline.runtime.flow import Flow
+from pipeline.stages.detect import Detect
 from pipeline.stages.recognise import Recognise
 from pipeline.stages.unmix import Unmix
 
@@ -22,8 +24,8 @@ def babbling(task):
     def send(socket, message, trace):
         if task.node.name == "unmix" and message.info.seq == FRAME:
             socket._socket.send(b"no word at all")
-        else:
-            whole(socket, message, trace)
+            return True
+        return whole(socket, message, trace)
 
     node._send = send
     node.run_node(task)
@@ -36,8 +38,8 @@ def corrupting(task):
     def send(socket, message, trace):
         if task.node.name == "unmix" and message.info.seq == FRAME:
             socket.send(node.Word("result", FRAME), [b"no header", b"no array"])
-        else:
-            whole(socket, message, trace)
+            return True
+        return whole(socket, message, trace)
 
     node._send = send
     node.run_node(task)
@@ -81,15 +83,29 @@ def lying(task):
 
     def send(socket, message, trace):
         if task.node.name == "unmix" and message.info.seq == FRAME:
-            patches = message.patches
-            info = replace(patches.info, seq=FRAME + 1)
-            other = replace(message, patches=replace(patches, info=info))
-            parts = node._encoded(other, trace)
-            socket.send(node.Word("result", FRAME), parts)
-        else:
-            whole(socket, message, trace)
+            info = replace(message.info, seq=FRAME + 1)
+            if isinstance(message, Unmixed):
+                other = replace(message, patches=replace(message.patches, info=info))
+            else:
+                other = replace(message, info=info)
+            socket.send(node.Word("result", FRAME), node._encoded(other, trace))
+            return True
+        return whole(socket, message, trace)
 
     node._send = send
+    node.run_node(task)
+
+
+def stumbling(task):
+    """The front can do no frame of an odd number."""
+    whole = Detect.process
+
+    def process(self, message):
+        if message.info.seq % 2:
+            raise PipelineError("odd")
+        return whole(self, message)
+
+    Detect.process = process
     node.run_node(task)
 
 

@@ -69,8 +69,28 @@ def test_a_frame_that_undoes_every_node_is_dropped_and_the_rest_goes_on(config, 
     assert "died 2 times" in gap["reason"]
 
 
+def test_frames_the_front_cannot_do_are_lost_by_name_and_hold_up_no_other(config, monkeypatch):
+    monkeypatch.setattr("pipeline.runtime.supervisor.run_node", faulty_nodes.stumbling)
+    messages, _ = played(config)
+    lost = [(gap["frame_seq"], gap["stage"], gap["reason"]) for gap in gaps(messages)]
+    assert lost == [(number, "detect", "odd") for number in range(1, 12, 2)]
+
+
+APART = "topology: {unmix: {stages: [unmix]}, back: {stages: [report]}}\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "where", "kind"),
+    [("", "the output", "TargetReport"), (APART, "node back", "Unmixed")],
+    ids=["to the output", "to a node"],
+)
 @pytest.mark.parametrize("entry", [faulty_nodes.corrupting, faulty_nodes.lying])
-def test_a_malformed_message_costs_its_frame_and_is_kept(config, entry, monkeypatch, command):
+def test_a_malformed_message_costs_its_frame_and_is_kept(
+    config, tmp_path, entry, more, where, kind, monkeypatch, command
+):
+    file = tmp_path / "config.yaml"
+    file.write_text(file.read_text() + more)
+    config = load_config(file)
     monkeypatch.setattr("pipeline.runtime.supervisor.run_node", entry)
     messages, restarts = played(config)
     assert restarts == 0
@@ -82,9 +102,9 @@ def test_a_malformed_message_costs_its_frame_and_is_kept(config, entry, monkeypa
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert len(lines) == len(letters)
-    assert "frame 3 at node back" in lines[-1]
+    assert f"frame 3 at {where}" in lines[-1]
     if entry is faulty_nodes.lying:
-        assert "reads as Unmixed of frame 4" in lines[-1]
+        assert f"reads as {kind} of frame 4" in lines[-1]
     else:
         assert "still malformed: header" in lines[-1]
 

@@ -18,17 +18,18 @@ pytestmark = pytest.mark.skipif(
     reason="no C compiler with the kernel's headers: apt-get install gcc libc6-dev",
 )
 PROGRAM = """
-import json, sys
+import json, sys, time
 from itertools import islice
 from pipeline.component import component
 from pipeline.errors import PipelineError
 from pipeline.messages import Frame
 kind = component("source", "video_stream")
 config = kind.Config(address="/dev/video-fake", timeout_s=1, **json.loads(sys.argv[1]))
+began_s = time.monotonic()
 try:
     source = kind.build(config, {})
 except PipelineError as error:
-    print(json.dumps(str(error)))
+    print(json.dumps([str(error), time.monotonic() - began_s]))
     sys.exit()
 for item in islice(source.frames(), int(sys.argv[2])):
     if isinstance(item, Frame):
@@ -97,5 +98,6 @@ def test_a_camera_that_is_unplugged_is_a_gap_and_its_return_is_seen(fake):
     ],
 )
 def test_what_is_wrong_with_a_camera_is_one_line(fake, camera, config, said):
-    (line,) = seen(fake, camera, **config)
+    ((line, seconds),) = seen(fake, camera, **config)
+    assert seconds < 6.0, "timeout_s is 1, OpenCV's own 10"
     assert line.startswith(f"/dev/video-fake: {said}") and "\n" not in line

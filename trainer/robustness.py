@@ -173,8 +173,9 @@ def unmixed(engine: Engine, case: Case) -> tuple[Refined, NDArray[np.bool_]]:
     candidates = read_maps(engine.infer(seen.patch), seen.unit, reading)
     window = Window(case.counts_BHW, seen.background.astype(np.float64), case.usable_BHW)
     found = refine(window, with_lone(candidates, lone_targets(window, SENSOR)), SENSOR)
-    many = crowded(candidates.patch, candidates.p_count, len(case.true))
-    return found._replace(candidates=published(found.candidates, window, SENSOR)), many
+    own, none = found.candidates, np.zeros(len(found.candidates.patch), np.bool_)
+    many = crowded(own.patch, own.p_count, none, len(case.true))
+    return found._replace(candidates=published(own, window, SENSOR)), many
 
 
 def published(found: Candidates, window: Window, sensor: Sensor) -> Candidates:

@@ -40,7 +40,9 @@ def compile_shapes() -> None:
     """Have both tests compiled, or read from their cache, now instead of with the first frame."""
     nowhere = np.zeros((0, 2), np.int64)
     for dtype in (np.uint8, np.uint16, np.float32):
-        stands_out(np.zeros((1, 1), dtype), nowhere, 1)
+        image = np.zeros((1, 1), dtype)
+        for image.flags.writeable in (True, False):  # as received
+            stands_out(image, nowhere, 1)
     SpikeTest(1.0)(np.zeros((1, 1), np.float32), nowhere, np.zeros(0, np.float32))
 
 

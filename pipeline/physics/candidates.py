@@ -122,9 +122,14 @@ def table(candidates: Candidates, patches: int, spare: int = 0) -> Table:
     return Table(present, values[..., :3], p_exist, p_count, values[..., 5:8], values[..., 8])
 
 
-def crowded(patch: NDArray[np.integer], p_count: Array64, patches: int) -> NDArray[np.bool_]:
-    """Patches (B,) of more targets than a group is taken to have: many, or one extended thing."""
-    targets = patch[~(p_count < LIKELY)]  # NaN: unsaid
+def crowded(
+    patch: NDArray[np.integer], p_count: Array64, published: NDArray[np.bool_], patches: int
+) -> NDArray[np.bool_]:
+    """Patches (B,) of more targets than a group is taken to have: many, or one extended thing.
+
+    Counted are the targets of the most probable number; where that is unsaid, those published.
+    """
+    targets = patch[np.where(np.isnan(p_count), published, p_count >= LIKELY)]
     result: NDArray[np.bool_] = np.bincount(targets, minlength=patches) > MAX_TARGETS
     return result
 

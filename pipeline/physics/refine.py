@@ -64,7 +64,7 @@ def refine(
     additions: int = ADDITIONS,
     starts: int = 1,
 ) -> Refined:
-    """Fitted targets; where the fit did not converge, or one left the patch, the candidates.
+    """Fitted targets; the candidates where the fit did not converge, left the patch or went far.
 
     priors: what is known of all targets. penalty, additions: of `select`, for candidates without
     existence. starts: for those with, how many times to start, from positions drawn as the

@@ -141,14 +141,15 @@ def _encoded(message: Any, trace: Trace) -> list[Any] | Dropped:
         return Dropped(message.info.seq, "transport", str(error))
 
 
-def _send(socket: NodeSocket, message: Any, trace: Trace) -> None:
-    """Send what the stages made of a frame."""
+def _send(socket: NodeSocket, message: Any, trace: Trace) -> bool:
+    """Send what the stages made of a frame; False if that is only that it is lost."""
     parts = message if isinstance(message, Dropped) else _encoded(message, trace)
     if isinstance(parts, Dropped):
         lost = Word("lost", parts.seq, parts.seq + 1, stage=parts.stage, text=parts.reason)
         socket.send(lost)
-    else:
-        socket.send(Word("result", message.info.seq, t_ns=trace.t_ingest_ns), parts)
+        return False
+    socket.send(Word("result", message.info.seq, t_ns=trace.t_ingest_ns), parts)
+    return True
 
 
 def _show(socket: NodeSocket, frame: Any, trace: Trace) -> None:
@@ -224,12 +225,11 @@ def _run_front(task: NodeTask, first: Flow, flow: Flow, socket: NodeSocket, wake
             if isinstance(item, Shed):
                 socket.send(Word("lost", item.first, item.end, stage="source", text=item.reason))
             elif item is not None:
-                granted -= 1
                 tap.publish(item.frame)
                 frame, trace = first.process(item.frame, Trace(item.t_ingest_ns, {}))
                 if task.config.beside:
                     _show(socket, frame, trace)
-                _send(socket, *flow.process(frame, trace))
+                granted -= _send(socket, *flow.process(frame, trace))  # what is lost takes no room
             elif inlet.ended:
                 break
             received = socket.receive(ALIVE_MS if item is None else 0)

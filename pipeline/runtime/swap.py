@@ -22,7 +22,7 @@ from pipeline.runtime.dispatch import Dispatcher, Job
 from pipeline.runtime.join import make_ledger
 from pipeline.runtime.parity import Refused
 from pipeline.runtime.telemetry import Telemetry
-from pipeline.runtime.trial import Trial
+from pipeline.runtime.trial import PATIENCE_S, Trial
 from pipeline.transport.codec import CodecError
 from pipeline.transport.hub import FROM_NODE, HubSocket, Word, read_word
 
@@ -32,9 +32,12 @@ log = logging.getLogger(__name__)
 def check_swap(old: PipelineConfig, new: PipelineConfig) -> None:
     """Raise PipelineError unless nothing but the engine and stages after the front differ."""
     front = old.topology[0].stages
+    if "unmix" in front:
+        raise PipelineError(
+            "the engine runs in the front node, which cannot change in a run; restart it"
+        )
     fixed = {name: new.stages[name] for name in front if name in new.stages}
-    engine = old.engine if "unmix" in front else new.engine
-    same = replace(old, engine=engine, stages={**new.stages}, swap=new.swap)
+    same = replace(old, engine=new.engine, stages={**new.stages}, swap=new.swap)
     if same != new or any(old.stages[name] != settings for name, settings in fixed.items()):
         raise PipelineError(
             "only the engine and the stages after the front node can change in a run; "
@@ -141,6 +144,7 @@ class Reloader:
                 self._config.swap,
                 running.topology,
                 make_ledger(running.topology, self._dispatcher.max_age_ns, wait_ns),
+                patience_s=PATIENCE_S + wait_ns / 1e9,
                 same_targets=self._config.stages == running.stages,
             )
             for child in new.all:

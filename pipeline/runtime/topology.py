@@ -6,7 +6,7 @@ replicas; `overflow` says what happens when it is full: `block` holds the sender
 `drop-oldest` loses the frame that has waited longest, by name, `fail` ends the run. In replay
 every edge blocks. `budget_ms` is what the node may take for a frame of 16 groups; `cores` are
 those it may run on, None = all. A stage runs where a configuration names it, and a node without
-stages is not run: each node costs a frame 0.8 ms of its age (docs/latency.md). `refine` goes
+stages is not run: each node costs a frame 0.7 ms of its age (docs/latency.md). `refine` goes
 between `unmix` and `report` (configs/refine.yaml). What a node takes and gives follows from its
 stages: `flow_types`.
 

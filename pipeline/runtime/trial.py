@@ -21,7 +21,7 @@ REST = 3.0
 """Times as long as the last frame took, before the next."""
 
 PATIENCE_S = 5.0
-"""With a frame of which nothing is heard, before another is taken."""
+"""With a frame of which nothing is heard, beyond what a node beside the flow is waited for."""
 
 Report = tuple[TargetReport, Trace]
 
@@ -29,7 +29,7 @@ Report = tuple[TargetReport, Trace]
 class Trial:
     """Ends with `passed` True, or by raising Refused.
 
-    ledger: of these rows and of nobody else.
+    ledger: of these rows and of nobody else. patience_s: before another frame is taken.
     same_targets: they are to find what the old ones find, not only as fast.
     """
 
@@ -39,10 +39,11 @@ class Trial:
         topology: Sequence[Node],
         ledger: Dispatcher,
         *,
+        patience_s: float,
         same_targets: bool,
     ) -> None:
         self._settings, self._same_targets = settings, same_targets
-        self._ledger = ledger
+        self._ledger, self._patience_s = ledger, patience_s
         self._parity = Parity(settings, topology[1:])
         self._shown: tuple[int, int, list[Any]] | None = None  # the last, to the node beside
         self._seq: int | None = None  # of the frame under trial
@@ -107,7 +108,7 @@ class Trial:
         if len(self._made) == 2:
             self._parity.add(self._made["old"], self._made["new"])
             self._rest()
-        elif self._seq is not None and time.monotonic() > self._offered_s + PATIENCE_S:
+        elif self._seq is not None and time.monotonic() > self._offered_s + self._patience_s:
             self._rest()
 
     @property

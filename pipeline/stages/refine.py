@@ -16,8 +16,9 @@ class Refine(Stage[Unmixed, Unmixed]):
     """Takes the network's targets as candidates; keeps, moves, merges or adds by the likelihood.
 
     Of what a network off the grid has counted, the answer is between its own and the fit's, by how
-    sure the number is. Where a group's fit does not converge (UNCONVERGED) or leaves the window,
-    the network's answer is kept. A group that point sources do not explain is a MISFIT.
+    sure the number is. Where a group's fit does not converge (UNCONVERGED), leaves the window or
+    goes far from where the network saw the targets, the network's answer is kept. A group that
+    point sources do not explain is a MISFIT.
     """
 
     class Config(Settings):

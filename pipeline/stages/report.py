@@ -14,8 +14,14 @@ from pydantic import Field
 from scipy.special import ndtr
 
 from pipeline.component import Context, Settings, Stage
-from pipeline.messages import MAX_COUNT, Angles, FrameInfo, TargetReport, Unmixed
-from pipeline.physics.candidates import MIN_P_EXIST, MIN_SNR, count_probabilities, significant
+from pipeline.messages import MAX_COUNT, Angles, Flag, FrameInfo, TargetReport, Unmixed
+from pipeline.physics.candidates import (
+    MIN_P_EXIST,
+    MIN_SNR,
+    count_probabilities,
+    crowded,
+    significant,
+)
 from pipeline.physics.geometry import Geometry
 from pipeline.physics.grid import cell_variance_px2
 from pipeline.physics.group_bounds import Bounds, compile_bounds, group_bounds
@@ -48,12 +54,18 @@ class Report(Stage[Unmixed, TargetReport]):
         return cls(config, context.sensor, context.geometry)
 
     def process(self, message: Unmixed) -> TargetReport:
-        """All targets of the frame that are significant, with what is known of each."""
+        """All targets of the frame that are significant, with what is known of each.
+
+        A group of more than groups are taken to have is CROWDED.
+        """
         patches = message.patches
         snr, cov_px2, intensity_sigma = self._information(message)
         least = self._config.min_snr, self._config.min_p_exist
         keep = significant(snr, message.p_exist, message.p_count, *least)
         group = patches.group[message.patch[keep]]
+        many = crowded(message.patch, message.p_count, keep, len(patches.group))
+        flags = patches.flags.copy()
+        flags[patches.group[many]] |= np.uint16(Flag.CROWDED)
         intensity, sigma = message.intensity[keep], intensity_sigma[keep]
         said = message.p_exist[keep]
         p_exist = np.where(np.isnan(said), ndtr(intensity / sigma), said)
@@ -69,11 +81,11 @@ class Report(Stage[Unmixed, TargetReport]):
             intensity_sigma=sigma,
             p_exist=p_exist,
             snr=snr[keep],
-            flags=patches.flags[group],
+            flags=flags[group],
             bbox_px=patches.bbox_px,
             count_posterior=_count_posterior(message, group, p_exist),
             joint_px2=_joint(message, keep),
-            group_flags=patches.flags,
+            group_flags=flags,
             angles=self._angles(message.info, message.xy_px[keep], cov_px2[keep]),
         )
 

@@ -1,7 +1,6 @@
 """Patches → targets: counts to network units, the engine, and what its maps say."""
 
 import logging
-from dataclasses import replace
 from typing import Self
 
 import numpy as np
@@ -14,8 +13,8 @@ from engines.manifest import Manifest
 from pipeline.component import Context, Settings, Stage
 from pipeline.errors import PipelineError
 from pipeline.imaging.fitting import fitted, in_frame, window_of
-from pipeline.messages import Flag, Patches, Unmixed
-from pipeline.physics.candidates import Candidates, crowded
+from pipeline.messages import Patches, Unmixed
+from pipeline.physics.candidates import Candidates
 from pipeline.physics.cell_targets import compile_reading, read_cell_targets
 from pipeline.physics.fit import compile_fit
 from pipeline.physics.grid import Peaks, local_maxima
@@ -73,8 +72,7 @@ class Unmix(Stage[Patches, Unmixed]):
     def process(self, message: Patches) -> Unmixed:
         """Positions in frame coordinates, in the order of the patches; bad pixels are filled.
 
-        A group of more than MAX_TARGETS is CROWDED; of more than MAX_PEAKS peaks the strongest are
-        kept.
+        Of a patch with more than MAX_PEAKS peaks the strongest are kept.
         """
         if self._engine is None:
             return self._by_model(message)
@@ -94,12 +92,8 @@ class Unmix(Stage[Patches, Unmixed]):
         if not np.isfinite(maps).all():
             raise PipelineError(f"engine {manifest.name}: its maps are not finite")
         peaks = self._read(maps, manifest)
-        many = crowded(peaks.image, peaks.p_count, len(maps))
-        if many.any():
+        if np.bincount(peaks.image, minlength=1).max() > MAX_PEAKS:
             peaks = strongest(peaks, MAX_PEAKS)
-            flags = message.flags.copy()
-            flags[message.group[many]] |= np.uint16(Flag.CROWDED)
-            message = replace(message, flags=flags)
         found = Candidates.read(peaks, unit)
         if (message.counts_BHW >= self._sensor.full_scale).any():
             found = with_lone(found, lone_targets(window_of(message), self._sensor))
