@@ -264,7 +264,9 @@ def test_a_frame_that_was_shown_before_the_trial_is_not_tried():
         Node("back", ("unmix", "report", "fuse")),
         Node("yolo", ("recognise",), beside=True),
     )
-    trial = Trial(SwapSettings(), rows, make_ledger(rows, 10**9, 10**9), same_targets=True)
+    trial = Trial(
+        SwapSettings(), rows, make_ledger(rows, 10**9, 10**9), patience_s=5.0, same_targets=True
+    )
     trial.ready(b"back", 1)
     trial.ready(b"yolo", 2)
     now_ns = time.monotonic_ns()
