@@ -99,7 +99,7 @@ def built(
 ) -> Candidate[Kind]:
     """Write a model file and its manifest, NAME.TARGET.json, neither timed nor compared yet."""
     tell(f"building {variant}")
-    batch = Batch(best=min(wish.batch, variant.most), most=variant.most)
+    batch = Batch(best=wish.batch, most=max(variant.most, wish.batch))
     file = path.with_suffix(SUFFIX[wish.target])
     facts = _build(model, manifest, variant, wish, batch, file, tell)
     build = Build(
