@@ -1,14 +1,16 @@
 """What a network is like on patches it never sees: its score, and how sure it is of its answers."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+from torch import Tensor
 
 from engines.manifest import UNMEASURED_SPREAD
-from engines.scaling import Scaling
+from engines.scaling import Plane, Scaling
 from pipeline.physics.candidates import count_probabilities
 from pipeline.physics.cell_targets import CountSpread, cell_probability, count_at_least
 from pipeline.physics.groups import MAX_TARGETS, PROFILES, Groups, Profile, draw_patches
@@ -33,15 +35,11 @@ def held_out_cso_map(
 ) -> CsoMap:
     """CSO-mAP of averaged weights on held-out patches of the profile, always the same."""
     patch, groups = draw_patches(profile, samples, TorchRandom(VALIDATION_SEED))
-    seen, unit, _ = to_network_units(
-        patch, profile.sensor, scaling, background=profile.background > 0.0, planes=network.planes
+    maps, unit = _answers(
+        lambda part: averaged(part.to(device)).cpu(), network.planes, profile, scaling, patch
     )
-    with torch.no_grad():
-        maps = [averaged(part.to(device)).cpu() for part in seen.split(_PATCHES_AT_ONCE)]
-    maps_B = torch.cat(maps).float().numpy()
     reading = Reading(network.output, network.config.c, profile.sensor.sigma_px)
-    read = read_maps(maps_B, unit.numpy(), reading)
-    return cso_map(detections(read, samples), _truths(groups))
+    return cso_map(detections(read_maps(maps, unit, reading), samples), _truths(groups))
 
 
 def measured_count_spread(
@@ -53,12 +51,8 @@ def measured_count_spread(
     `held_out_cso_map`; see `CountSpread`.
     """
     patch, groups = draw_patches(profile, samples, TorchRandom(VALIDATION_SEED + 1))
-    seen = to_network_units(
-        patch, profile.sensor, scaling, background=profile.background > 0.0, planes=network.planes
-    )
-    with torch.no_grad():
-        parts = [network(part) for part in seen.patch.split(_PATCHES_AT_ONCE)]
-    p = cell_probability(torch.cat(parts).numpy(), network.config.c)
+    maps, _ = _answers(network, network.planes, profile, scaling, patch)
+    p = cell_probability(maps, network.config.c)
     row, count = np.arange(samples), groups.count.numpy()
 
     def surprise(logarithms: NDArray[np.float64]) -> float:
@@ -88,14 +82,10 @@ def measured_position_spread(
     for place, judged in enumerate(_as_seen(profile)):
         rng = TorchRandom(VALIDATION_SEED + 4 + place)
         patch, groups = draw_patches(judged, samples, rng, FEW)
-        seen = to_network_units(
-            patch, judged.sensor, scaling, background=judged.background > 0.0, planes=network.planes
-        )
-        with torch.no_grad():
-            maps = torch.cat([network(part) for part in seen.patch.split(_PATCHES_AT_ONCE)])
+        maps, unit = _answers(network, network.planes, judged, scaling, patch)
         c, sigma_px = network.config.c, judged.sensor.sigma_px
         reading = Reading(network.output, c, sigma_px, count_spread=count_spread)
-        found = detections(read_maps(maps.numpy(), seen.unit.numpy(), reading), samples)
+        found = detections(read_maps(maps, unit, reading), samples)
         which, error = matched_errors(found, _truths(groups))
         squared.append(mahalanobis(error[:, :2], stated_covariances(found, which)))
     all_of_them = np.concatenate(squared)
@@ -103,6 +93,22 @@ def measured_position_spread(
         return 1.0
     nees, edge = all_of_them.mean() / 2.0, np.quantile(all_of_them, 0.95) / WITHIN_95
     return round(float(np.sqrt(nees * edge)), 3)
+
+
+def _answers(
+    run: Callable[[Tensor], Tensor],
+    planes: tuple[Plane, ...],
+    profile: Profile,
+    scaling: Scaling,
+    patch: Tensor,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Maps of measured patches, and the network unit of each (B,), counts."""
+    seen = to_network_units(
+        patch, profile.sensor, scaling, background=profile.background > 0.0, planes=planes
+    )
+    with torch.no_grad():
+        maps = [run(part) for part in seen.patch.split(_PATCHES_AT_ONCE)]
+    return torch.cat(maps).float().numpy(), seen.unit.numpy()
 
 
 def _as_seen(profile: Profile) -> list[Profile]:
