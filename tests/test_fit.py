@@ -32,6 +32,7 @@ from trainer.errors import TrainerError, TrainingFailed
 from trainer.fit import INITIAL_PAIRS, Run, averaged_weights, fit, load_checkpoint, read_log
 from trainer.fit_config import FitConfig, read_fit_config
 from trainer.progress import patches_per_s
+from trainer.trained import WEIGHTS, load_weights
 
 ON_GRID = registry.build("ista", {})
 CONFIG = FitConfig(
@@ -138,7 +139,30 @@ def test_starts_from_another_runs_averaged_weights(folder: Path) -> None:
     # what is computed from the data is computed from the new data
     assert not torch.equal(tuned.network.get_buffer("initial"), before["initial"])
     with pytest.raises(TrainerError, match="of another network or other settings"):
-        Run(changed(initial_weights=str(path), settings={"stages": 2}), folder)
+        Run(changed(initial_weights=str(path), settings={"stages": 2, "channels": 3}), folder)
+    with pytest.raises(TrainerError, match="of another network or other settings"):
+        Run(changed(initial_weights=str(path), network="focus", settings={}), folder)
+
+
+def test_starts_from_a_weights_file() -> None:
+    shipped = WEIGHTS / "focus.pt"
+    run = Run(changed(network="focus", settings={}, initial_weights=str(shipped)), shipped.parent)
+    assert equal(dict(run.network.state_dict()), dict(load_weights(shipped).network.state_dict()))
+
+
+@pytest.mark.parametrize("ablation", [{}, {"dynamic_transform": False, "dynamic_threshold": False}])
+def test_a_larger_dista_net_begins_as_a_smaller_one(ablation: dict[str, bool]) -> None:
+    torch.manual_seed(1)
+    small = registry.build("dista_net", CONFIG.settings | ablation | {"stages": 2})
+    large = registry.build("dista_net", {"stages": 3, "channels": 6, "hidden": 8} | ablation)
+    small.fit_initial(torch.rand(60, 11, 11), torch.rand(60, 33, 33))
+    large.start_from(small)
+    patch = torch.rand(4, 11, 11)
+    torch.testing.assert_close(large(patch), small(patch), rtol=1e-4, atol=1e-5)
+    copies = large.get_parameter("unfolded.0.inverse_in.weight")[0].reshape(3, 2, -1)
+    assert not torch.allclose(copies[0], copies[1])  # else training would keep them alike
+    with pytest.raises(RuntimeError):
+        small.start_from(large)
 
 
 def test_validation_does_not_disturb_training(tmp_path: Path) -> None:

@@ -12,27 +12,37 @@ import shutil
 import time
 from pathlib import Path
 
+import cv2
 import msgpack
+import numpy as np
 import pytest
 from conftest import write_scene
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from test_codec import SENT
+from test_convert import stack_of, write_cube, write_envi, write_npy, write_pages, write_ser
 
 from engines.errors import EngineError
 from engines.loader import MODELS
 from engines.manifest import read_manifest
 from pipeline.config import load_config
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, RunError
+from pipeline.formats.calibration import Calibration, read_calibration, write_calibration
 from pipeline.formats.csist import read_csist, write_csist
+from pipeline.formats.foreign import open_footage
 from pipeline.formats.recording import open_recording
 from pipeline.messages import check_wire
 from pipeline.physics.groups import PROFILES
 from pipeline.runtime.dead_letters import DeadLetters, read_letter
 from pipeline.runtime.settings import DeadLetterSettings
+from pipeline.sources.video import Video
 from pipeline.transport.codec import CodecError, decode, unpack_wire
 from pipeline.transport.hub import FROM_NODE, Word, read_word
 from pipeline.transport.security import ClientKeys, make_keys
+from trainer.csist_annotation import format_annotation, parse_annotation
+from trainer.csist_image import decode_image, encode_image
+from trainer.errors import TrainerError
+from trainer.trained import WEIGHTS, load_weights
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
 GROWTH_BYTES = 100 << 20
@@ -155,6 +165,18 @@ def files(tmp_path_factory):
     letters = DeadLetters(DeadLetterSettings(folder=folder / "letters"), "cafe")
     letters.keep([b"x" * 20], "odd")
     make_keys(folder / "keys", "tracker")
+    shape = (11, 11)
+    flat = [np.ones(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape, np.bool_)]
+    write_calibration(folder / "calibration.zarr", Calibration(*flat, full_scale=4095))
+    stack = stack_of(2)
+    for write in (write_npy, write_pages, write_cube, write_ser, write_envi):
+        write(folder, stack)
+    (folder / "a.png").write_bytes(encode_image(stack[0]))
+    write_video(folder / "a.avi")
+    (folder / "csist.png").write_bytes(encode_image(stack_of(1, shape)[0]))
+    targets = np.array([[4.25, 5.5, 230.0], [5.0, 5.5, 240.0]], np.float32)
+    (folder / "CSO1.xml").write_text(format_annotation(1, 0.5, targets))
+    shutil.copy(WEIGHTS / "focus.pt", folder)
     for pattern, read in READERS.items():  # what is imported for the first file is no growth
         top = pattern.split("/**")[0]
         read(next(iter(sorted(folder.glob(top)))))
@@ -167,6 +189,24 @@ def read_recording(path: Path) -> None:
         recording.frame(index)
 
 
+def read_footage(path: Path) -> None:
+    footage = open_footage(path)
+    for index in range(footage.length):
+        footage.read(index)
+
+
+def write_video(path: Path) -> None:
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 25.0, (32, 24))
+    for pixels in stack_of(3, (24, 32), np.uint8):
+        writer.write(cv2.cvtColor(pixels, cv2.COLOR_GRAY2BGR))
+    writer.release()
+
+
+def read_video(path: Path) -> None:
+    for _frame in Video(Video.Config(path=path), {}).frames():
+        pass
+
+
 READERS = {
     "scene.zarr/**/*": read_recording,
     "csist.zarr/**/*": read_csist,
@@ -174,6 +214,17 @@ READERS = {
     "dista_net_field.json": read_manifest,
     "letters/*": read_letter,
     "keys/tracker/client.key_secret": lambda path: ClientKeys.load(path.parent),
+    "calibration.zarr/**/*": read_calibration,
+    "a.npy": read_footage,
+    "a.png": read_footage,
+    "a.tiff": read_footage,
+    "a.fits": read_footage,
+    "a.ser": read_footage,
+    "a.[hi]*": read_footage,  # ENVI's header and data
+    "a.avi": read_video,
+    "csist.png": lambda path: decode_image(path.read_bytes()),
+    "CSO1.xml": lambda path: parse_annotation(path.read_bytes()),
+    "focus.pt": load_weights,
 }
 
 
@@ -186,7 +237,7 @@ def test_files(files, pattern):
     def reads(path, changes):
         path.write_bytes(changed(whole[path], changes))
         try:
-            with contextlib.suppress(PipelineError, EngineError):
+            with contextlib.suppress(PipelineError, RunError, EngineError, TrainerError):
                 read(files / top if "**" in pattern else path)
         finally:
             path.write_bytes(whole[path])

@@ -22,6 +22,7 @@ from trainer.metrics import CsoMap
 from trainer.network import UnmixingNetwork
 from trainer.progress import shown
 from trainer.tensors import read_tensors
+from trainer.trained import load_weights, with_weights
 from trainer.validation import held_out_cso_map
 
 CHECKPOINT = "checkpoint.pt"
@@ -67,13 +68,16 @@ class Run:
         self.records: list[dict[str, float]] = []
 
     def _start_from(self, path: Path) -> None:
-        """Take over another run's averaged weights; what `fit_initial` computes is not kept."""
+        """Take over another network's weights; what `fit_initial` computes is not kept."""
+        other = network_of(path)
         try:
-            self.network.load_state_dict(averaged_weights(load_checkpoint(path)))
+            if type(other) is not type(self.network):
+                raise RuntimeError(f"of {type(other).__name__}")
+            self.network.start_from(other)
         except RuntimeError as error:
             raise TrainerError(
-                f"initial_weights {path}: of another network or other settings; "
-                "use the settings of that run"
+                f"initial_weights {path}: of another network or other settings; use the settings "
+                "of that run, or for dista_net multiples of its channels"
             ) from error
 
     def _pairs(self) -> Pairs:
@@ -234,6 +238,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a run's checkpoint; raises TrainerError if it is none, or not whole."""
     keys = {"config", "step", "average"}
     return read_tensors(path, keys, "checkpoint of a run", "`trainer fit` writes one")
+
+
+def network_of(path: Path) -> UnmixingNetwork:
+    """The network of a run's checkpoint (its averaged weights), or of a weights file.
+
+    Raises TrainerError if the file is neither, or not whole.
+    """
+    if "manifest" in read_tensors(path, set(), "checkpoint or weights file", "name one"):
+        return load_weights(path).network
+    state = load_checkpoint(path)
+    config = fit_config(state["config"], str(path))
+    return with_weights(config.network, config.settings, averaged_weights(state))
 
 
 def averaged_weights(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ class FitConfig(BaseModel):
     validate_every: int = Field(500, gt=0, description="steps")
     validate_samples: int = Field(1000, gt=0)
     initial_weights: str | None = Field(
-        None, description="checkpoint.pt of another run whose averaged weights to start from"
+        None, description="checkpoint.pt of another run, or a weights file, to start from"
     )
     dataset: str | None = Field(
         None, description="CSIST zarr to train on, over and over; without, patches are drawn"

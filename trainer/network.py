@@ -1,6 +1,6 @@
 """What the trainer needs of a network."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -40,6 +40,13 @@ class UnmixingNetwork(nn.Module):
         size_px, c = self.config.size_px, self.config.c
         perfect: Tensor = target_map(xy_px, intensity, size_px, c)
         return perfect
+
+    def start_from(self, other: Self) -> None:
+        """Take over the weights of another of its kind, by default one of the same settings.
+
+        Raises RuntimeError if they do not fit.
+        """
+        self.load_state_dict(other.state_dict())
 
     def fit_initial(self, patch_BHW: Tensor, truth: Tensor) -> None:
         """Set what is computed from training pairs rather than trained; nothing by default."""

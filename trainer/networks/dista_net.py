@@ -6,6 +6,8 @@ on purpose: the dynamic kernels are trained (there they are detached from the gr
 to their own sample only (there they are mixed across the batch).
 """
 
+from typing import Self
+
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 from pipeline.physics.grid import cell_centres_px
 from pipeline.physics.psf import pixel_response
 from trainer.unfolding import Stage, UnfoldedNetwork, conv3, soft
+from trainer.widening import widened_state
 
 
 class DistaNet(UnfoldedNetwork):
@@ -34,6 +37,18 @@ class DistaNet(UnfoldedNetwork):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, (_Stage(config) for _ in range(config.stages)))
+
+    def start_from(self, other: Self) -> None:
+        """Begin as another, which may have fewer stages and channels: the map is the same.
+
+        Raises RuntimeError if it cannot be done.
+        """
+        for place, stage in enumerate(self.unfolded):
+            if place >= len(other.unfolded):
+                assert isinstance(stage, _Stage)  # noqa: S101, for the type checker
+                stage.pass_on()
+        own = self.state_dict()
+        self.load_state_dict(own | widened_state(other.state_dict(), own))
 
     def as_engine(self) -> nn.Module:
         """With fewer and cheaper operations; an ablation stays as it is."""
@@ -62,6 +77,25 @@ class _Stage(Stage):
             features = 0.7 * features + 0.3 * self.dynamic(s, r)
         error = self.symmetry(self._inverse, features, r, checked)
         return self._inverse(soft(features, self.threshold(features))), error
+
+    def pass_on(self) -> None:
+        """Let the map through as it is; the layers that do not carry it keep their weights.
+
+        Two channels carry its positive and its negative part.
+        """
+        with torch.no_grad():
+            self.step_size.zero_()
+            self.main_in.weight[:2] = 0.0
+            self.main_in.weight[:2, 0, 1, 1] = torch.tensor([1.0, -1.0])
+            for layer in (self.main_out, self.inverse_in):
+                layer.weight[:2] = 0.0
+            self.main_out.weight[:2, :2, 1, 1] = torch.eye(2)
+            kept = 0.7 if self.dynamic is not None else 1.0
+            split = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]) / kept
+            self.inverse_in.weight[:2, :2, 1, 1] = split
+            self.inverse_out.weight.zero_()
+            self.inverse_out.weight[0, :2, 1, 1] = torch.tensor([1.0, -1.0])
+            self.threshold.pass_on()
 
     def _inverse(self, features: Tensor) -> Tensor:
         """F̃: back to the map (B, 1, cn, cn)."""
@@ -100,6 +134,11 @@ class _DynamicThreshold(nn.Module):
         masks = torch.sigmoid(self.masks(pooled))
         return self.out(masks[:, :1] * near + masks[:, 1:] * far) * features
 
+    def pass_on(self) -> None:
+        """No threshold."""
+        for parameter in self.out.parameters():
+            nn.init.zeros_(parameter)
+
 
 class _FixedThreshold(nn.Module):
     """One learnt θ for all features, as in ISTA-Net."""
@@ -110,6 +149,10 @@ class _FixedThreshold(nn.Module):
 
     def forward(self, _features: Tensor) -> Tensor:
         return self.value
+
+    def pass_on(self) -> None:
+        """No threshold."""
+        nn.init.zeros_(self.value)
 
 
 class _Rewritten(nn.Module):
