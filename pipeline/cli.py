@@ -110,7 +110,7 @@ def subscribe(
 ) -> None:
     """Print the targets a pipeline publishes, until its stream ends."""
     from pipeline.client import subscribe as subscription
-    from pipeline.messages import WIRE_MODELS
+    from pipeline.wire import WIRE_MODELS
 
     schemas = tuple(WIRE_MODELS) if as_json else ("irst.targets/1",)
     seen = 0

@@ -12,10 +12,10 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from pipeline.messages import check_wire
 from pipeline.transport.codec import CodecError, unpack_wire
 from pipeline.transport.publish import SubscriberSocket
 from pipeline.transport.security import ClientKeys
+from pipeline.wire import check_wire
 
 WAIT_S = 0.1
 log = logging.getLogger(__name__)

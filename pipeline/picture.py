@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from pipeline.component import Source, Truth
 from pipeline.errors import PipelineError
-from pipeline.messages import Flag, Frame, TargetsMessage, check_wire
+from pipeline.messages import Flag, Frame
+from pipeline.wire import TargetsMessage, check_wire
 
 ENLARGE = 40
 PANEL_PX = 13

@@ -1,8 +1,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.messages import Dropped, EndMessage, Trace
+from pipeline.messages import Dropped, Trace
 from pipeline.runtime.account import MAX_GAP, MAX_REASONS, Account, Reorder
+from pipeline.wire import EndMessage
 
 TRACE = Trace(0, {})
 

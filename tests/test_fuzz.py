@@ -31,7 +31,6 @@ from pipeline.formats.calibration import Calibration, read_calibration, write_ca
 from pipeline.formats.csist import read_csist, write_csist
 from pipeline.formats.foreign import open_footage
 from pipeline.formats.recording import open_recording
-from pipeline.messages import check_wire
 from pipeline.physics.groups import PROFILES
 from pipeline.runtime.dead_letters import DeadLetters, read_letter
 from pipeline.runtime.settings import DeadLetterSettings
@@ -39,6 +38,7 @@ from pipeline.sources.video import Video
 from pipeline.transport.codec import CodecError, decode, unpack_wire
 from pipeline.transport.hub import FROM_NODE, Word, read_word
 from pipeline.transport.security import ClientKeys, make_keys
+from pipeline.wire import check_wire
 from trainer.csist_annotation import format_annotation, parse_annotation
 from trainer.csist_image import decode_image, encode_image
 from trainer.errors import TrainerError

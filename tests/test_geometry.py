@@ -12,21 +12,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 from pipeline.component import component
 from pipeline.config import load_config
 from pipeline.errors import PipelineError
-from pipeline.messages import (
-    FrameInfo,
-    Patches,
-    Pose,
-    TargetsMessage,
-    Trace,
-    Unmixed,
-    check_wire,
-    targets_message,
-)
+from pipeline.messages import FrameInfo, Patches, Pose, Trace, Unmixed
 from pipeline.physics.geometry import Geometry
 from pipeline.physics.sensor import Sensor
 from pipeline.runtime.flow import build_flow
 from pipeline.sensing import GeometrySettings, SensorSettings, camera, stage_context
 from pipeline.transport import codec
+from pipeline.wire import TargetsMessage, check_wire, targets_message
 
 LENS = (-0.21, 0.07, 0.0008, -0.0005, -0.01)
 WIDE = Geometry(800.0, 810.0, 322.0, 250.5, LENS, (1.2, 0.3, 0.1))

@@ -19,9 +19,9 @@ from pipeline import cli
 from pipeline.errors import RunError
 from pipeline.formats.csist import write_csist
 from pipeline.formats.recording import RecordingWriter
-from pipeline.messages import TargetsMessage, check_wire
 from pipeline.physics.groups import PROFILES
 from pipeline.physics.sensor import Sensor
+from pipeline.wire import TargetsMessage, check_wire
 
 CLIPS = Path(__file__).parent / "data"
 

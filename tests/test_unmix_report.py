@@ -11,7 +11,7 @@ from engines.base import Engine
 from engines.manifest import UNMEASURED_SPREAD, Manifest
 from engines.sensor_needs import SensorNeeds
 from pipeline.component import Context
-from pipeline.messages import Flag, FrameInfo, Patches, Unmixed, check_wire, targets_message
+from pipeline.messages import Flag, FrameInfo, Patches, Unmixed
 from pipeline.physics.bounds import cramer_rao, fisher_information
 from pipeline.physics.candidates import Candidates
 from pipeline.physics.cell_targets import count_at_least
@@ -22,6 +22,7 @@ from pipeline.physics.sensor import Sensor
 from pipeline.stages.refine import Refine
 from pipeline.stages.report import Report, independent_count
 from pipeline.stages.unmix import MAX_PEAKS, Unmix
+from pipeline.wire import check_wire, targets_message
 
 SENSOR = Sensor(id="roof", sigma_px=0.5, full_scale=16383, read_noise=6.0, gain=8.0)
 BACKGROUND = 1000.0

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipeline.config import PipelineConfig
-from pipeline.messages import Dropped, TargetReport, Trace, Wire
+from pipeline.messages import Dropped, TargetReport, Trace
 from pipeline.runtime.account import Reorder
 from pipeline.runtime.dead_letters import DeadLetters
 from pipeline.runtime.dispatch import Job
@@ -13,6 +13,7 @@ from pipeline.runtime.output import Output
 from pipeline.runtime.telemetry import Telemetry
 from pipeline.transport import codec
 from pipeline.transport.publish import Publisher
+from pipeline.wire import Wire
 
 Messages = Iterator[tuple[dict[str, Any], Wire]]
 

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.errors import RunError
-from pipeline.messages import Dropped, Trace, Wire, check_wire, targets_message
+from pipeline.messages import Dropped, Trace
 from pipeline.runtime.account import Account
+from pipeline.wire import Wire, check_wire, targets_message
 
 
 class Output:

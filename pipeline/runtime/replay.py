@@ -6,12 +6,13 @@ from typing import Any
 
 from pipeline.component import Source
 from pipeline.config import PipelineConfig
-from pipeline.messages import Trace, Wire
+from pipeline.messages import Trace
 from pipeline.runtime.flow import build_flow, shown_to_beside
 from pipeline.runtime.memory import keep_freed_memory
 from pipeline.runtime.outlet import Messages
 from pipeline.runtime.output import Output
 from pipeline.runtime.supervisor import Supervisor
+from pipeline.wire import Wire
 
 
 def over_zeromq(config: PipelineConfig, source: Source) -> Messages:

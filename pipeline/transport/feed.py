@@ -11,9 +11,10 @@ import zmq
 from pydantic import Field, ValidationError
 
 from pipeline.errors import PipelineError
-from pipeline.messages import BadMessage, Finite, Pose, SentFrame, Wire
+from pipeline.messages import BadMessage, Pose, SentFrame
 from pipeline.transport.codec import CodecError, unpack_wire
 from pipeline.transport.sockets import MAX_MESSAGE_BYTES, bind
+from pipeline.wire import Finite, Wire
 
 QUEUE = 16
 """Frames that may wait here; after that the sender waits, or sheds as it likes."""

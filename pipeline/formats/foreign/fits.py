@@ -29,12 +29,13 @@ def read(path: Path) -> Footage:
             fits.open(file, memmap=False, uint=True) as units,
         ):
             image = next((unit for unit in units if unit.is_image and unit.data is not None), None)
-            if image is None:
-                raise PipelineError(f"{path}: holds no image; give a FITS file with one")
-            stack, header = np.asarray(image.data), dict(image.header)
-    except (OSError, ValueError, TypeError, IndexError) as error:
+            stack = None if image is None else np.asarray(image.data)
+            header = {} if image is None else dict(image.header)
+    except Exception as error:  # astropy meets a damaged header with whatever it hits
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PipelineError(f"{path}: not a whole FITS file ({cause}); copy it again") from error
+    if stack is None:
+        raise PipelineError(f"{path}: holds no image; give a FITS file with one")
     if any("truncated" in str(warning.message) for warning in said):
         raise PipelineError(f"{path}: cut short; copy it again")
     stamp_ns = _time_ns(path, header)
