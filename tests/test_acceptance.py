@@ -7,15 +7,25 @@ import numpy as np
 import pytest
 import yaml
 from conftest import write_scene
+from scipy.spatial.distance import cdist
 
 from engines.loader import MODELS
 from engines.manifest import read_manifest
+from pipeline.component import Context
 from pipeline.config import load_config
 from pipeline.formats.csist import write_csist
+from pipeline.messages import Flag, Frame, FrameInfo
+from pipeline.physics.arrays import NumpyRandom
 from pipeline.physics.groups import PROFILES
+from pipeline.physics.measurement import measure
+from pipeline.physics.psf import render
 from pipeline.physics.score import match_at_gate
 from pipeline.runtime import replay
 from pipeline.sources.zarr_recording import ZarrRecording
+from pipeline.stages.crop import Crop
+from pipeline.stages.detect import Detect
+from pipeline.stages.report import Report
+from pipeline.stages.unmix import Unmix
 from pipeline.summary import Summary, score
 
 FRESH_SEED = 7_000_001
@@ -103,3 +113,23 @@ def test_the_benchmark_engine_reaches_the_grid_on_fresh_data(tmp_path):
     summary, truth = replayed(path)
     assert summary.frames == 2
     assert score(summary, truth).cso_map >= 0.40
+
+
+def test_a_hot_pixel_beside_a_target_is_no_target():
+    """A target every 32 pixels, each with an unmapped hot pixel within its 3 × 3."""
+    profile = PROFILES["field"]
+    sensor, shape, rng = profile.sensor, (512, 640), NumpyRandom(FRESH_SEED)
+    xy_px = np.stack(np.meshgrid(np.arange(15, 640, 32), np.arange(15, 512, 32)), -1).reshape(-1, 2)
+    hot = xy_px + np.floor(3 * rng.uniform(xy_px.shape)).astype(int) - 1
+    true = xy_px + rng.uniform(xy_px.shape) - 0.5
+    mean = profile.background + render(true, np.full(len(true), 1000.0), shape, sensor.sigma_px)
+    pixels = measure(mean, sensor, rng).astype(np.uint16)
+    pixels[hot[:, 1], hot[:, 0]] = 5000
+    message = Frame(FrameInfo(0, "s", 0, "utc", shape), pixels)
+    context = Context(sensor)
+    for stage in (Detect, Crop, Unmix, Report):
+        message = stage.build(stage.Config(), context).process(message)
+    distance = cdist(true, message.xy_px)
+    assert (distance.min(axis=1) < 0.25).mean() > 0.9
+    assert (distance.min(axis=0) > 0.5).mean() < 0.02
+    assert (message.flags & Flag.BAD_PIXEL).all()

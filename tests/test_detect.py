@@ -138,6 +138,10 @@ def test_a_hot_pixel_does_not_hide_the_target_beside_it(offset):
     pixels_HW[40, 1] = 9000  # nor does one at the border, where it cannot be mended, do harm
     blobs = detect(pixels_HW)
     np.testing.assert_allclose(blobs.xy_px, [[50.2, 40.1]], atol=0.6)
+    hot_xy = [[50 + offset[0], 40 + offset[1]], [1, 40]]
+    np.testing.assert_array_equal(
+        np.argwhere(~blobs.usable_HW)[:, ::-1].tolist(), sorted(hot_xy, key=lambda xy: xy[::-1])
+    )
 
 
 def test_groups_are_not_extended_and_larger_objects_are():

@@ -7,9 +7,9 @@
    `false_alarms_per_frame` times a frame; k is at least `min_sigmas`.
 4. Bright pixels that touch are a region, those above a fifth of its peak its core. A core wider
    than any group of point sources is EXTENDED. Left out are regions that do not stand out in
-   every direction, pieces of an edge, and single hot pixels, narrower than any point source. If
-   something bright is next to such a pixel, it is mended and the frame searched once more. A
-   detector that judges shapes itself has the last word instead.
+   every direction, pieces of an edge, and single hot pixels, narrower than any point source; these
+   count as bad in what follows. If something bright is next to one, it is mended and the frame
+   searched once more. A detector that judges shapes itself has the last word instead.
 5. Blobs that one window covers become one, MERGED.
 
 On a mosaic every tile is searched by itself with the matched filter: its median is the background,
@@ -36,7 +36,7 @@ from pipeline.imaging.noise_blocks import WITHIN_SIGMA
 from pipeline.imaging.point_filter import PointFilter
 from pipeline.imaging.point_shape import SpikeTest, compile_shapes, stands_out
 from pipeline.imaging.regions import CORE_SHARE, Image, Regions, find_regions, merge
-from pipeline.imaging.sampling import as_tiles, square_ring, surroundings, values_at
+from pipeline.imaging.sampling import Integers, as_tiles, square_ring, surroundings, values_at
 from pipeline.messages import Blobs, Flag, Frame, Tiling
 from pipeline.physics.groups import SIZE_PX
 from pipeline.physics.sensor import Sensor
@@ -51,6 +51,7 @@ class Found(NamedTuple):
     snr_HW: Image  # the detector's statistic
     points: Regions  # shaped like groups
     extended: Regions  # too wide
+    hot_xy: Integers = np.empty((0, 2), np.int64)  # (N, 2) single pixels: no targets, but not good
 
 
 class Detect(Stage[Frame, Blobs]):
@@ -106,6 +107,9 @@ class Detect(Stage[Frame, Blobs]):
         clean_HW, usable_HW = self._repaired(message.pixels_HW)
         tiling = message.info.tiling
         found = self._found(clean_HW, tiling)
+        if len(found.hot_xy):
+            usable_HW = usable_HW.copy()
+            usable_HW[found.hot_xy[:, 1], found.hot_xy[:, 0]] = False
         points, flags = self._ranked(found.points, tiling)
         blobs = points.join(found.extended)
         return Blobs(
@@ -180,7 +184,7 @@ class Detect(Stage[Frame, Blobs]):
             clean_HW[xy[:, 1], xy[:, 0]] = np.sort(surroundings(clean_HW, xy), axis=1)[:, 4]
             signal = self._detector.mended(signal, clean_HW, xy)
             points, extended, _ = self._told_apart(clean_HW, signal, threshold)
-        return Found(signal.snr_HW, points, extended)
+        return Found(signal.snr_HW, points, extended, spikes.peak_xy)
 
     def _told_apart(
         self, clean_HW: NDArray[Any], signal: Signal, threshold: float

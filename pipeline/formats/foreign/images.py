@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import PipelineError
 from pipeline.formats.foreign.footage import Footage, check_dtype, counts, largest
+from pipeline.formats.png import read_header
 
 cv2.utils.logging.setLogLevel(
     cv2.utils.logging.LOG_LEVEL_SILENT
@@ -19,11 +20,6 @@ cv2.utils.logging.setLogLevel(
 MAX_PAGES = 1 << 20
 LAYOUTS = {42: (4, "H", 12, "I"), 43: (8, "Q", 20, "Q")}
 """TIFF and BigTIFF: where the first directory's offset is, count, entry's bytes, offset."""
-
-
-PNG = b"\x89PNG\r\n\x1a\n"
-DEFLATED = 1032
-"""Bytes that one byte of a compressed PNG can stand for, at most."""
 
 
 def read(path: Path) -> Footage:
@@ -78,7 +74,10 @@ def _pages(path: Path) -> int:
 def _page(path: Path, index: int, where: str) -> NDArray[Any]:
     try:
         if path.suffix.lower() == ".png":
-            image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) if _is_png(path) else None
+            png = path.read_bytes()
+            whole = read_header(png) is not None
+            pixels = np.frombuffer(png, np.uint8)
+            image = cv2.imdecode(pixels, cv2.IMREAD_UNCHANGED) if whole else None
         else:
             done, pages = cv2.imreadmulti(str(path), index, 1, flags=cv2.IMREAD_UNCHANGED)
             image = pages[0] if done and len(pages) else None
@@ -90,13 +89,3 @@ def _page(path: Path, index: int, where: str) -> NDArray[Any]:
         raise PipelineError(f"{where}: is colour; frames must be grey, with 8 or 16 bits")
     check_dtype(path, image.dtype)
     return counts(np.asarray(image), where)
-
-
-def _is_png(path: Path) -> bool:
-    """Whether it begins as a PNG of no more pixels than its bytes can hold: all are set aside."""
-    with path.open("rb") as file:
-        head = file.read(25)
-    if len(head) < 25 or not head.startswith(PNG):
-        return False
-    width, height, bits = struct.unpack_from(">IIB", head, 16)
-    return bool(width * height * bits <= 8 * DEFLATED * path.stat().st_size)
