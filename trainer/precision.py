@@ -198,6 +198,7 @@ def quantized(
     inputs: calibration patches (N, …), and each condition (1,), by name of the input. symmetric:
     signed activations around zero, all that TensorRT takes; otherwise unsigned ones with a zero
     point, as CPUs compute them, twice as fine after a ReLU. Weights have a scale for each channel.
+    What a convolution gives is not rounded: only what goes into the next one is.
     Raises TrainerError for a network without convolutions between its ends.
     """
     named = [node.name for node in model.graph.node if node.op_type in QUANTIZED]
@@ -227,6 +228,7 @@ def quantized(
                 "ActivationSymmetric": symmetric,
                 "WeightSymmetric": True,
                 "QuantizeBias": False,
+                "OpTypesToExcludeOutputQuantization": list(QUANTIZED),
             },
         )
         result = onnx.load(made)
