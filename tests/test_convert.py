@@ -1,6 +1,7 @@
 """Files of the trade into recordings: exact there and back, and what is wrong with them named."""
 
 import struct
+import zlib
 from pathlib import Path
 
 import cv2
@@ -17,6 +18,7 @@ from pipeline.errors import PipelineError
 from pipeline.formats.foreign import open_footage
 from pipeline.formats.foreign.footage import utc_ns
 from pipeline.formats.foreign.ser import TICKS_TO_1970
+from pipeline.formats.png import read_header
 from pipeline.formats.recording import open_recording
 from pipeline.ingest import convert
 
@@ -386,3 +388,45 @@ def test_the_command(tmp_path, command):
     words[3] = tmp_path / "again.zarr"
     assert_one_line_error(command(*words), "frame1.png: cannot be decoded")
     assert not (tmp_path / "again.zarr").exists()
+
+
+@pytest.mark.parametrize("shape", [(10**30,), (3, 2**61)])
+def test_an_impossible_shape_is_named(tmp_path, capfd, shape):
+    path = write_npy(tmp_path, stack_of(1))
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"(1, 13, 17), }".ljust(40), f"{shape}, }}".encode().ljust(40)))
+    assert path.read_bytes() != whole
+    refused(path, tmp_path, r"a.npy: not a whole NPY file")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("NAXIS2", "-5", "a negative NAXISn"),
+        ("EXPTIME", "", "EXPTIME"),
+        ("EXPTIME", "1E300", "EXPTIME"),
+    ],
+)
+def test_fits_headers_that_make_no_sense_are_named(tmp_path, key, value, message):
+    unit = fits.PrimaryHDU(stack_of(1)[0])
+    unit.header["EXPTIME"] = 0.5
+    unit.header["DATE-OBS"] = "2026-09-21T14:13:20"
+    unit.writeto(tmp_path / "a.fits")
+    whole = (tmp_path / "a.fits").read_bytes()
+    card = whole.index(key.ljust(8).encode() + b"=")
+    changed = f"{key:8}= {value:>20}".ljust(80).encode()
+    (tmp_path / "a.fits").write_bytes(whole[:card] + changed + whole[card + 80 :])
+    refused(tmp_path / "a.fits", tmp_path, message)
+
+
+def test_a_png_of_more_pixels_than_its_bytes_can_hold_is_not_decoded():
+    def chunk(kind, body):
+        checked = kind + body
+        return struct.pack(">I", len(body)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 16, 0, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    assert read_header(b"\x89PNG\r\n\x1a\n" + body) is None
+    small = cv2.imencode(".png", np.zeros((300, 400), np.uint16))[1].tobytes()
+    assert read_header(small) == (400, 300, 16, 0)

@@ -144,6 +144,17 @@ def test_a_hot_pixel_does_not_hide_the_target_beside_it(offset):
     )
 
 
+@pytest.mark.parametrize("offset", [(1, 0), (1, 1), (2, 0), (3, 0)])
+def test_of_two_hot_pixels_side_by_side_both_are_known(offset):
+    pixels_HW = frame_with([[30.0, 70.0]], 1200.0)
+    pixels_HW[40, 50] = 9000
+    pixels_HW[40 + offset[1], 50 + offset[0]] = 5000
+    blobs = detect(pixels_HW)
+    np.testing.assert_allclose(blobs.xy_px, [[30.0, 70.0]], atol=0.6)
+    hot = np.argwhere(~blobs.usable_HW)[:, ::-1].tolist()
+    assert hot == [[50, 40], [50 + offset[0], 40 + offset[1]]]
+
+
 def test_groups_are_not_extended_and_larger_objects_are():
     corners = np.array([[30.0, 30.0], [32.0, 30.0], [30.0, 32.0], [32.0, 32.0], [31.0, 31.0]])
     pixels_HW = frame_with(corners, 2000.0)

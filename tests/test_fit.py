@@ -163,6 +163,11 @@ def test_a_larger_dista_net_begins_as_a_smaller_one(ablation: dict[str, bool]) -
     assert not torch.allclose(copies[0], copies[1])  # else training would keep them alike
     with pytest.raises(RuntimeError):
         small.start_from(large)
+    settings = small.config.model_dump()
+    settings["dynamic_transform"] = not settings["dynamic_transform"]
+    other = registry.build("dista_net", settings)
+    with pytest.raises(RuntimeError, match="dynamic_transform"):
+        other.start_from(small)
 
 
 def test_validation_does_not_disturb_training(tmp_path: Path) -> None:

@@ -98,6 +98,12 @@ def test_int8_is_near_and_finer_with_a_zero_point(network) -> None:
         centred = not any(values[n.input[2]].any() for n in pairs)
         assert (signed and centred) == symmetric
         assert max(values[n.input[1]].size for n in pairs if n.input[0] in values) > 1
+        by_eight = {n.output[0] for n in pairs}
+        inner = {
+            n.output[0] for n in eight.graph.node if n.op_type == "Conv" and n.input[1] in by_eight
+        }
+        others = [n for n in eight.graph.node if n.op_type != "QuantizeLinear"]
+        assert inner & {name for n in others for name in n.input}  # is not rounded itself
     assert 0.0 < errors[False] < errors[True] < ALLOWED["int8"]
 
 

@@ -249,7 +249,10 @@ def network_of(path: Path) -> UnmixingNetwork:
         return load_weights(path).network
     state = load_checkpoint(path)
     config = fit_config(state["config"], str(path))
-    return with_weights(config.network, config.settings, averaged_weights(state))
+    try:
+        return with_weights(config.network, config.settings, averaged_weights(state))
+    except TrainerError as error:
+        raise TrainerError(f"{path}: {error}") from error
 
 
 def averaged_weights(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -43,6 +43,9 @@ class DistaNet(UnfoldedNetwork):
 
         Raises RuntimeError if it cannot be done.
         """
+        for field in ("size_px", "c", "dynamic_transform", "dynamic_threshold"):
+            if getattr(self.config, field) != getattr(other.config, field):
+                raise RuntimeError(f"of another {field}")
         for place, stage in enumerate(self.unfolded):
             if place >= len(other.unfolded):
                 assert isinstance(stage, _Stage)  # noqa: S101, for the type checker

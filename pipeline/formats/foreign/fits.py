@@ -28,7 +28,7 @@ def read(path: Path) -> Footage:
             path.open("rb") as file,
             fits.open(file, memmap=False, uint=True) as units,
         ):
-            image = next((unit for unit in units if unit.is_image and unit.data is not None), None)
+            image = next((unit for unit in units if _is_image(unit)), None)
             stack = None if image is None else np.asarray(image.data)
             header = {} if image is None else dict(image.header)
     except Exception as error:  # astropy meets a damaged header with whatever it hits
@@ -44,6 +44,12 @@ def read(path: Path) -> Footage:
     return stacked(path, stack, start_ns=stamp_ns or 0)
 
 
+def _is_image(unit: Any) -> bool:
+    if any(unit.header[f"NAXIS{axis}"] < 0 for axis in range(1, unit.header["NAXIS"] + 1)):
+        raise ValueError("a negative NAXISn")
+    return bool(unit.is_image and unit.data is not None)
+
+
 def _time_ns(path: Path, header: dict[str, Any]) -> int | None:
     for key, share in (("DATE-AVG", 0.0), ("DATE-BEG", 0.5), ("DATE-OBS", 0.5)):
         if key not in header:
@@ -51,6 +57,6 @@ def _time_ns(path: Path, header: dict[str, Any]) -> int | None:
         try:
             exposure_s = float(header.get("EXPTIME", 0.0))
             return utc_ns(str(header[key])) + round(share * exposure_s * 1e9)
-        except ValueError as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise PipelineError(f"{path}: {key} or EXPTIME: {error}; correct the header") from error
     return None

@@ -81,7 +81,7 @@ def _page(path: Path, index: int, where: str) -> NDArray[Any]:
         else:
             done, pages = cv2.imreadmulti(str(path), index, 1, flags=cv2.IMREAD_UNCHANGED)
             image = pages[0] if done and len(pages) else None
-    except cv2.error:
+    except (cv2.error, OSError):
         image = None
     if image is None:
         raise PipelineError(f"{where}: cannot be decoded; the file is damaged or cut short")

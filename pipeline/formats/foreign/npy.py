@@ -1,7 +1,7 @@
 """NPY: one array (T, H, W) or (H, W) of numpy's own format; it has no timestamps."""
 
+import warnings
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 
@@ -12,8 +12,9 @@ from pipeline.formats.foreign.footage import Footage, stacked
 def read(path: Path) -> Footage:
     """Map the file; raises PipelineError if it is malformed or no array of counts."""
     try:
-        stack = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError, TokenError) as error:
+        with warnings.catch_warnings(action="ignore"):
+            stack = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # numpy meets a damaged header with whatever it hits
         cause = str(error).splitlines()[0] if str(error) else "nothing in it"
         raise PipelineError(f"{path}: not a whole NPY file ({cause}); write it again") from error
     return stacked(path, stack)
