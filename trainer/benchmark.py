@@ -108,6 +108,7 @@ SYSTEMS = (
         "dista_net",
         published=_published(46.74, (0.38, 7.54, 42.44, 86.18, 97.14), 38.38, 0.9887, 2.179e6),
     ),
+    System("DISTA-Net, full size", "dista_net_full"),
     System("DISTA-Net, short run", "variants/dista_net_short"),
     System(
         "– without dynamic transform",

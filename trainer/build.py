@@ -172,7 +172,7 @@ def _graph(model: Path, manifest: EngineManifest, precision: Precision, target: 
     if precision == "int8":
         if not isinstance(manifest, Manifest):
             raise TrainerError(f"{model}: int8 is for networks that unmix, which can be calibrated")
-        changed = quantized(graph, _inputs(manifest), symmetric=target.startswith("tensorrt"))
+        changed = quantized(graph, _inputs(manifest))
         if target.startswith("tensorrt"):  # what is not int8 need not be float32
             changed = with_precision(changed, "f16")
     else:

@@ -190,15 +190,13 @@ def _float_tensors(model: ModelProto) -> set[str]:
     return found | {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT}
 
 
-def quantized(
-    model: ModelProto, inputs: Mapping[str, NDArray[np.float32]], symmetric: bool = True
-) -> ModelProto:
+def quantized(model: ModelProto, inputs: Mapping[str, NDArray[np.float32]]) -> ModelProto:
     """The same network with its inner convolutions in INT8.
 
-    inputs: calibration patches (N, …), and each condition (1,), by name of the input. symmetric:
-    signed activations around zero, all that TensorRT takes; otherwise unsigned ones with a zero
-    point, as CPUs compute them, twice as fine after a ReLU. Weights have a scale for each channel.
-    What a convolution gives is not rounded: only what goes into the next one is.
+    inputs: calibration patches (N, …), and each condition (1,), by name of the input. Activations
+    are signed, around zero: all that TensorRT takes, and on CPUs a zero point costs more than it
+    gives. Weights have a scale for each channel. What a convolution gives is not rounded: only what
+    goes into the next one is.
     Raises TrainerError for a network without convolutions between its ends.
     """
     named = [node.name for node in model.graph.node if node.op_type in QUANTIZED]
@@ -222,10 +220,10 @@ def quantized(
             quant_format=QuantFormat.QDQ,
             nodes_to_quantize=inner,
             per_channel=True,
-            activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
+            activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
             extra_options={
-                "ActivationSymmetric": symmetric,
+                "ActivationSymmetric": True,
                 "WeightSymmetric": True,
                 "QuantizeBias": False,
                 "OpTypesToExcludeOutputQuantization": list(QUANTIZED),
