@@ -14,13 +14,11 @@ from engines.build import Build, Sha256
 from engines.errors import EngineError, first_fault
 from engines.scaling import Plane, Scaling
 from engines.sensor_needs import SensorLike, SensorNeeds
+from engines.spread import Spread
 from engines.whole import write_whole
 
 Output = Literal["intensity-map", "cell-targets"]
 """What a network says of each cell: its intensity, or the target in it (7 channels)."""
-
-UNMEASURED_SPREAD = (0.05, 0.05)
-"""Of the count, where it was not measured; see `Manifest.count_spread`."""
 
 CHANNELS = 7
 """Of cell-targets; see pipeline/physics/cell_targets.py."""
@@ -101,12 +99,7 @@ class Manifest(EngineManifest):
     separate: float = Field(
         ge=0.0, le=1.0, description="a peak has this share of its largest neighbour; 0: any cell"
     )
-    count_spread: tuple[float, float] = Field(
-        UNMEASURED_SPREAD, description="of cell-targets: variance of the count, a + b Σ p(1 − p)"
-    )
-    position_spread: float = Field(
-        1.0, gt=0.0, description="of cell-targets: factor on the variances of positions it states"
-    )
+    spreads: tuple[Spread, ...] = Field((), description="of cell-targets; see `spread_at`")
     profile: str = Field(description="data it was trained on")
     cso_map: float = Field(ge=0.0, le=1.0, description="on held-out patches of the profile")
 

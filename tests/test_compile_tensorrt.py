@@ -25,7 +25,8 @@ from engines.loader import MODELS, open_engine
 from engines.manifest import read_manifest, sha256_of
 from engines.tensorrt_log import logger
 from trainer.errors import TrainerError, TrainingFailed
-from trainer.precision import quantized, read_model, with_precision
+from trainer.int8 import quantized
+from trainer.precision import read_model, with_precision
 from trainer.targets.tensorrt import ANY_RTX, build
 from trainer.targets.timing_cache import timing_cache
 

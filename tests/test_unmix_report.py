@@ -8,8 +8,9 @@ from cell_maps import cell_map
 from numpy.testing import assert_allclose, assert_array_equal
 
 from engines.base import Engine
-from engines.manifest import UNMEASURED_SPREAD, Manifest
+from engines.manifest import Manifest
 from engines.sensor_needs import SensorNeeds
+from engines.spread import Spread
 from pipeline.component import Context
 from pipeline.messages import Flag, FrameInfo, Patches, Unmixed
 from pipeline.physics.bounds import cramer_rao, fisher_information
@@ -133,7 +134,7 @@ def test_a_network_off_the_grid_says_where_how_sure_and_how_well():
     unmixed = Unmix(Unmix.Config(), SENSOR, engine).process(patches)
     assert unmixed.patch.tolist() == [0, 1, 1]
     assert_allclose(unmixed.xy_px, [[5.04, 54.9], [105.3, 55.1], [104.8, 55.1]], atol=1e-6)
-    p_count = count_at_least(said[:, 0].reshape(2, -1), 2, UNMEASURED_SPREAD)
+    p_count = count_at_least(said[:, 0].reshape(2, -1), 2, Spread(sigma_px=0.5).count)
     assert_allclose(unmixed.p_exist, [0.9, 0.95, 0.85], rtol=1e-6)
     assert_allclose(unmixed.p_count, [p_count[0, 0], *p_count[1]], rtol=1e-6)
     report = Report(Report.Config(min_snr=0.0), SENSOR).process(unmixed)

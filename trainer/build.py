@@ -161,7 +161,8 @@ def _graph(model: Path, manifest: EngineManifest, precision: Precision, target: 
     if precision == "f32" or (target == "openvino" and precision != "int8"):
         return model.read_bytes()
     try:
-        from trainer.precision import quantized, read_model, with_precision
+        from trainer.int8 import quantized
+        from trainer.precision import read_model, with_precision
     except ImportError as error:
         raise TrainerError(
             f"--precision {precision}: needs what is not installed ({error}); pip install "

@@ -33,7 +33,7 @@ from trainer.trained import (
     write_weights,
 )
 from trainer.units import to_network_units
-from trainer.validation import measured_count_spread, measured_position_spread
+from trainer.validation import measured_spreads
 
 PARITY_TOLERANCE = 1e-4
 """Largest allowed difference between the engine's map and torch's, both f32; see `parity`."""
@@ -220,9 +220,7 @@ def _sureness(config: FitConfig, network: UnmixingNetwork) -> dict[str, Any]:
     if network.output != "cell-targets":
         return {}
     profile = profile_for(config.profile, network)
-    counts = measured_count_spread(network, profile, config.scaling)
-    positions = measured_position_spread(network, profile, config.scaling, counts)
-    return {"count_spread": counts, "position_spread": positions}
+    return {"spreads": measured_spreads(network, profile, config.scaling)}
 
 
 @contextmanager

@@ -1,12 +1,9 @@
-"""Precision put into an ONNX graph, for libraries that compute as the graph says.
+"""Half precision put into an ONNX graph, for libraries that compute as the graph says.
 
-Half precision: inputs and outputs stay float32, what computes is cast, and what half precision
-would harm stays float32. INT8: QuantizeLinear and DequantizeLinear round to eight bits, with the
-ranges seen on calibration patches.
+Inputs and outputs stay float32, what computes is cast, and what half precision would harm stays
+float32. For eight bits: trainer/int8.py.
 """
 
-import tempfile
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,14 +35,6 @@ FIXED_INPUTS = {"Resize": (1, 2)}
 
 OPSET = {"f16": 20, "bf16": 22}
 """At least: before 22 a convolution in bfloat16 is not ONNX."""
-
-QUANTIZED = ("Conv", "ConvTranspose")
-"""Operators computed in INT8: where the time goes."""
-
-KEPT = 2
-"""So many at either end stay as they are: on the shipped networks this halves the error."""
-
-CALIBRATION_BATCH = 64
 
 
 def read_model(path: Path) -> ModelProto:
@@ -188,68 +177,6 @@ def _float_tensors(model: ModelProto) -> set[str]:
     typed = [*graph.input, *graph.output, *graph.value_info]
     found = {v.name for v in typed if v.type.tensor_type.elem_type == TensorProto.FLOAT}
     return found | {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT}
-
-
-def quantized(model: ModelProto, inputs: Mapping[str, NDArray[np.float32]]) -> ModelProto:
-    """The same network with its inner convolutions in INT8.
-
-    inputs: calibration patches (N, …), and each condition (1,), by name of the input. Activations
-    are signed, around zero: all that TensorRT takes, and on CPUs a zero point costs more than it
-    gives. Weights have a scale for each channel. What a convolution gives is not rounded: only what
-    goes into the next one is.
-    Raises TrainerError for a network without convolutions between its ends.
-    """
-    named = [node.name for node in model.graph.node if node.op_type in QUANTIZED]
-    inner = named[KEPT:-KEPT]
-    if not inner:
-        raise TrainerError(
-            f"int8: the network has {len(named)} convolutions, and {KEPT} at either end stay as "
-            "they are; use f16"
-        )
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    with tempfile.TemporaryDirectory() as folder:
-        plain, ready, made = (Path(folder) / name for name in ("plain", "ready", "made"))
-        onnx.save(model, plain)
-        quant_pre_process(plain, ready, skip_symbolic_shape=True, skip_optimization=True)
-        quantize_static(
-            ready,
-            made,
-            _Calibration(inputs),
-            quant_format=QuantFormat.QDQ,
-            nodes_to_quantize=inner,
-            per_channel=True,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
-            extra_options={
-                "ActivationSymmetric": True,
-                "WeightSymmetric": True,
-                "QuantizeBias": False,
-                "OpTypesToExcludeOutputQuantization": list(QUANTIZED),
-            },
-        )
-        result = onnx.load(made)
-    onnx.checker.check_model(result, full_check=True)
-    return result
-
-
-class _Calibration:
-    """Calibration patches in batches, as onnxruntime asks for them."""
-
-    def __init__(self, inputs: Mapping[str, NDArray[np.float32]]) -> None:
-        number = len(inputs["patch"])
-        self._batches: Iterator[dict[str, Any]] = iter(
-            {
-                name: values[start : start + CALIBRATION_BATCH] if name == "patch" else values
-                for name, values in inputs.items()
-            }
-            for start in range(0, number, CALIBRATION_BATCH)
-        )
-
-    def get_next(self) -> dict[str, Any] | None:
-        """The next batch, None at the end."""
-        return next(self._batches, None)
 
 
 def _at_least(model: ModelProto, opset: int) -> ModelProto:

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.manifest import UNMEASURED_SPREAD, Manifest, Output
-from pipeline.physics.candidates import LIKELY, Candidates
-from pipeline.physics.cell_targets import CountSpread, read_cell_targets
+from engines.manifest import Manifest, Output
+from engines.spread import Spread, spread_at
+from pipeline.physics.candidates import Candidates
+from pipeline.physics.cell_targets import read_cell_targets
 from pipeline.physics.grid import grid_detections
 from pipeline.physics.score import THRESHOLDS_PX, expected_hits
 from pipeline.physics.sensor import Sensor
@@ -27,8 +28,7 @@ class Reading(NamedTuple):
     c: int
     sigma_px: float
     threshold: float = DETECTION_THRESHOLD  # network units, of maps of intensity
-    count_spread: CountSpread = UNMEASURED_SPREAD
-    position_spread: float = 1.0
+    spread: Spread | None = None  # None: not measured
 
     @classmethod
     def of(cls, manifest: Manifest, sensor: Sensor) -> "Reading":
@@ -38,8 +38,7 @@ class Reading(NamedTuple):
             manifest.c,
             sensor.sigma_px,
             manifest.detection_threshold,
-            manifest.count_spread,
-            manifest.position_spread,
+            spread_at(manifest.spreads, sensor.sigma_px),
         )
 
 
@@ -53,8 +52,9 @@ def read_maps(
     if reading.output == "intensity-map":
         peaks = grid_detections(maps, reading.c, reading.threshold)
     else:
+        spread = reading.spread or Spread(sigma_px=reading.sigma_px)
         peaks = read_cell_targets(
-            maps, reading.c, reading.sigma_px, reading.count_spread, reading.position_spread
+            maps, reading.c, reading.sigma_px, spread.count, spread.position, spread.intensity
         )
     return Candidates.read(peaks, unit_B)
 
@@ -66,7 +66,7 @@ def detections(found: Candidates, images: int) -> list[Detections]:
     grid; otherwise existence times how many of the metric's thresholds the position is expected
     to meet, one without covariance being good for the widest alone.
     """
-    found = found.take(~(found.p_count < LIKELY))
+    found = found.likely
     variance = (found.cov_px2[:, 0] + found.cov_px2[:, 2]) / 2.0
     if np.isnan(variance).all():
         score = found.intensity

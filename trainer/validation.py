@@ -7,22 +7,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+from scipy.stats import chi2
 from torch import Tensor
 
-from engines.manifest import UNMEASURED_SPREAD
 from engines.scaling import Plane, Scaling
+from engines.spread import Spread
 from pipeline.physics.candidates import count_probabilities
 from pipeline.physics.cell_targets import CountSpread, cell_probability, count_at_least
 from pipeline.physics.groups import MAX_TARGETS, PROFILES, Groups, Profile, draw_patches
 from trainer.data import TorchRandom
 from trainer.fit_config import VALIDATION_SEED
-from trainer.honesty import FEW, WITHIN_95, mahalanobis, stated_covariances
+from trainer.honesty import FEW, mahalanobis, stated_covariances
 from trainer.metrics import CsoMap, cso_map, matched_errors
 from trainer.network import UnmixingNetwork
 from trainer.reading import Reading, detections, read_maps
 from trainer.units import to_network_units
 
 _PATCHES_AT_ONCE = 256
+
+SIGMAS = 6
+"""Of sensors, in equal ratios, at which a network for a range of them is measured."""
 
 
 def held_out_cso_map(
@@ -42,13 +46,40 @@ def held_out_cso_map(
     return cso_map(detections(read_maps(maps, unit, reading), samples), _truths(groups))
 
 
-def measured_count_spread(
+def measured_spreads(
     network: UnmixingNetwork, profile: Profile, scaling: Scaling, samples: int = 4000
-) -> CountSpread:
-    """How far the number of targets scatters about what the network's probabilities add up to.
+) -> tuple[Spread, ...]:
+    """How far the truth scatters about what the network states, at the sensor's σ.
 
-    Maximum likelihood of the true counts of `samples` held-out patches, other than those of
-    `held_out_cso_map`; see `CountSpread`.
+    At several where it is for sensors of a range of σ.
+    """
+    sigmas_px = [profile.sensor.sigma_px]
+    if profile.sigma_range_px is not None:
+        sigmas_px = np.geomspace(*profile.sigma_range_px, SIGMAS).round(3).tolist()
+    return tuple(
+        _measured(network, profile.at_sigma(sigma_px), scaling, samples) for sigma_px in sigmas_px
+    )
+
+
+def _measured(network: UnmixingNetwork, profile: Profile, scaling: Scaling, samples: int) -> Spread:
+    sigma_px = profile.sensor.sigma_px
+    count = _count_spread(network, profile, scaling, samples)
+    stated = Spread(sigma_px=sigma_px, count=count)
+    positions, intensities = _squared_errors(network, profile, scaling, stated, samples)
+    return Spread(
+        sigma_px=sigma_px,
+        count=count,
+        position=_excess(positions, 2),
+        intensity=_excess(intensities, 1),
+    )
+
+
+def _count_spread(
+    network: UnmixingNetwork, profile: Profile, scaling: Scaling, samples: int
+) -> CountSpread:
+    """Maximum likelihood of the true numbers of targets of held-out patches.
+
+    Others than those of `held_out_cso_map`; see `CountSpread`.
     """
     patch, groups = draw_patches(profile, samples, TorchRandom(VALIDATION_SEED + 1))
     maps, _ = _answers(network, network.planes, profile, scaling, patch)
@@ -60,38 +91,43 @@ def measured_count_spread(
         right = count_probabilities(count_at_least(p, MAX_TARGETS + 1, (a, b)))[row, count]
         return float(-np.log(np.maximum(right, 1e-9)).mean())
 
-    start = np.log(UNMEASURED_SPREAD)
+    start = np.log(Spread(sigma_px=profile.sensor.sigma_px).count)
     a, b = np.exp(minimize(surprise, start, method="Nelder-Mead", options={"xatol": 1e-2}).x)
     return round(float(a), 4), round(float(b), 4)
 
 
-def measured_position_spread(
-    network: UnmixingNetwork,
-    profile: Profile,
-    scaling: Scaling,
-    count_spread: CountSpread,
-    samples: int = 4000,
-) -> float:
-    """By what factor the errors of positions exceed the variances the network states of them.
+def _squared_errors(
+    network: UnmixingNetwork, profile: Profile, scaling: Scaling, stated: Spread, samples: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Squared errors of positions and of intensities over their stated variances.
 
-    Of groups of 1 to FEW targets, `samples` patches of each profile of the sensor: between what
-    makes their NEES 1 and what makes 95 % ellipses hold 95 % (geometric mean), since the errors
-    are no normal variables.
+    Of groups of 1 to FEW targets, `samples` patches of each profile of the sensor.
     """
-    squared = []
+    positions, intensities = [], []
     for place, judged in enumerate(_as_seen(profile)):
         rng = TorchRandom(VALIDATION_SEED + 4 + place)
         patch, groups = draw_patches(judged, samples, rng, FEW)
         maps, unit = _answers(network, network.planes, judged, scaling, patch)
-        c, sigma_px = network.config.c, judged.sensor.sigma_px
-        reading = Reading(network.output, c, sigma_px, count_spread=count_spread)
-        found = detections(read_maps(maps, unit, reading), samples)
-        which, error = matched_errors(found, _truths(groups))
-        squared.append(mahalanobis(error[:, :2], stated_covariances(found, which)))
-    all_of_them = np.concatenate(squared)
-    if len(all_of_them) == 0:
+        reading = Reading(network.output, network.config.c, stated.sigma_px, spread=stated)
+        candidates = read_maps(maps, unit, reading).likely
+        found, true = detections(candidates, samples), _truths(groups)
+        which, error = matched_errors(found, true)
+        positions.append(mahalanobis(error[:, :2], stated_covariances(found, which)))
+        row = np.searchsorted(candidates.patch, which[:, 0]) + which[:, 1]
+        intensity = np.array([true[image][target, 2] for image, _, target in which])
+        intensities.append((error[:, 2] * intensity / candidates.intensity_sigma[row]) ** 2)
+    return np.concatenate(positions), np.concatenate(intensities)
+
+
+def _excess(squared: NDArray[np.float64], freedom: int) -> float:
+    """By what factor squared errors exceed what is stated of them.
+
+    Between what makes their NEES 1 and what makes 95 % ellipses hold 95 % (geometric mean), since
+    the errors are no normal variables.
+    """
+    if len(squared) == 0:
         return 1.0
-    nees, edge = all_of_them.mean() / 2.0, np.quantile(all_of_them, 0.95) / WITHIN_95
+    nees, edge = squared.mean() / freedom, np.quantile(squared, 0.95) / chi2.ppf(0.95, freedom)
     return round(float(np.sqrt(nees * edge)), 3)
 
 

@@ -13,6 +13,7 @@ The statistic is that of Gaussian noise by construction, nothing is calibrated.
 from typing import Any
 
 import cv2
+import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -43,7 +44,7 @@ class MatchedFilter(Detector):
         residual_HW = float32(cv2.subtract(clean_HW, smooth_HW, dtype=cv2.CV_32F))
         filtered_HW = self._filter(residual_HW)
         sigma_HW = self._filter.sigma(filtered_HW, background, self._config.block_px)
-        return Signal(residual_HW, filtered_HW / sigma_HW, sigma_HW)
+        return Signal(residual_HW, np.divide(filtered_HW, sigma_HW, out=filtered_HW), sigma_HW)
 
     def mended(self, signal: Signal, clean_HW: NDArray[Any], xy: Integers) -> Signal:  # noqa: ARG002
         """The same arrays, changed round the mended pixels only."""

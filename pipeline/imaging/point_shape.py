@@ -36,13 +36,21 @@ def stands_out(image_HW: NDArray[Any], xy: Integers, far_px: int) -> NDArray[np.
     return result
 
 
+def brightest(image_HW: NDArray[np.float32], xy: Integers, steps: Integers) -> NDArray[np.float32]:
+    """The largest of the pixels at `steps` (M, 2) from each place (N, 2), (N,)."""
+    result = np.empty(len(xy), np.float32)
+    _brightest(image_HW, xy, steps, result)
+    return result
+
+
 def compile_shapes() -> None:
-    """Have both tests compiled, or read from their cache, now instead of with the first frame."""
+    """Have the tests compiled, or read from their cache, now instead of with the first frame."""
     nowhere = np.zeros((0, 2), np.int64)
     for dtype in (np.uint8, np.uint16, np.float32):
         image = np.zeros((1, 1), dtype)
         for image.flags.writeable in (True, False):  # as received
             stands_out(image, nowhere, 1)
+    brightest(np.zeros((1, 1), np.float32), nowhere, nowhere)
     SpikeTest(1.0)(np.zeros((1, 1), np.float32), nowhere, np.zeros(0, np.float32))
 
 
@@ -102,6 +110,18 @@ def _sort(values):
             values[place] = values[place - 1]
             place -= 1
         values[place] = value
+
+
+@compiled
+def _brightest(image, xy, steps, result):
+    """See `brightest`."""
+    height, width = image.shape
+    for n in range(len(xy)):
+        result[n] = -np.inf
+        for k in range(len(steps)):
+            row = _mirrored(xy[n, 1] + steps[k, 1], height)
+            column = _mirrored(xy[n, 0] + steps[k, 0], width)
+            result[n] = max(result[n], image[row, column])
 
 
 @compiled

@@ -74,6 +74,11 @@ class Candidates(NamedTuple):
         )
 
     @property
+    def likely(self) -> "Candidates":
+        """Those within the most probable number of their patch; all where no number is known."""
+        return self.take(~(self.p_count < LIKELY))
+
+    @property
     def counted(self) -> bool:
         """Whether the method says how many there are."""
         return len(self.patch) > 0 and not np.isnan(self.p_count).any()

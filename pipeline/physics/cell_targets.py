@@ -42,7 +42,7 @@ SILENCE = 0.01
 
 CountSpread = tuple[float, float]
 """a, b: the number of targets is normal about the sum of the probabilities p, rounded to whole
-numbers, with variance a + b Σ p(1 − p); of each engine, measured when it is exported."""
+numbers, with variance a + b Σ p(1 − p)."""
 
 
 def read_cell_targets(
@@ -51,6 +51,7 @@ def read_cell_targets(
     sigma_px: float,
     count_spread: CountSpread,
     position_spread: float = 1.0,
+    intensity_spread: float = 1.0,
 ) -> Peaks:
     """Targets of each patch, the surest first, and one more where it is not sure there is none.
 
@@ -59,7 +60,7 @@ def read_cell_targets(
     `p_exist` is what was gathered: that there is a target thereabouts. `p_count` of the k-th is the
     probability of k or more in the patch, so its differences are the probabilities of the counts,
     and those of at least a half are as many targets as the cells' probabilities add up to, rounded.
-    position_spread: factor on the covariances of the positions, as measured of the engine.
+    count_spread, position_spread, intensity_spread: as measured of the engine (engines/spread.py).
     """
     batch, _, height, width = map_BCHW.shape
     flat = np.ascontiguousarray(map_BCHW).reshape(batch, CHANNELS, c * c * height * width)
@@ -72,7 +73,7 @@ def read_cell_targets(
         p_exist=found[:, 4],
         p_count=found[:, 3].copy(),
         cov_px2=position_spread * found[:, 5:8],
-        intensity_sigma=found[:, 8],
+        intensity_sigma=math.sqrt(intensity_spread) * found[:, 8],
     )
 
 

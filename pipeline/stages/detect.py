@@ -34,7 +34,7 @@ from pipeline.errors import PipelineError
 from pipeline.imaging.bad_pixels import Repair
 from pipeline.imaging.noise_blocks import WITHIN_SIGMA
 from pipeline.imaging.point_filter import PointFilter
-from pipeline.imaging.point_shape import SpikeTest, compile_shapes, stands_out
+from pipeline.imaging.point_shape import SpikeTest, brightest, compile_shapes, stands_out
 from pipeline.imaging.regions import CORE_SHARE, Image, Regions, find_regions, merge
 from pipeline.imaging.sampling import Integers, as_tiles, square_ring, surroundings, values_at
 from pipeline.messages import Blobs, Flag, Frame, Tiling
@@ -191,7 +191,7 @@ class Detect(Stage[Frame, Blobs]):
 
     def _hides(self, signal: Signal, spikes: Regions, threshold: float) -> NDArray[np.bool_]:
         """Hot pixels (N,) next to something bright, which can be mended."""
-        beyond = values_at(signal.snr_HW, spikes.peak_xy[:, None, :] + self._beyond).max(axis=1)
+        beyond = brightest(signal.snr_HW, spikes.peak_xy, self._beyond)
         hiding = beyond > np.maximum(threshold, SPIKE_FOOT * spikes.snr)
         size = np.array(signal.snr_HW.shape[::-1])  # at the border the filter sees a pixel twice
         inner = (spikes.peak_xy > self._radius) & (spikes.peak_xy < size - 1 - self._radius)

@@ -10,6 +10,7 @@ from engines.base import Engine, Maps, Options
 from engines.errors import NoEngineFits
 from engines.loader import load
 from engines.manifest import Manifest
+from engines.spread import spread_at
 from pipeline.component import Context, Settings, Stage
 from pipeline.errors import PipelineError
 from pipeline.imaging.fitting import fitted, in_frame, window_of
@@ -52,6 +53,8 @@ class Unmix(Stage[Patches, Unmixed]):
     def __init__(self, config: Config, sensor: Sensor, engine: Engine | None) -> None:
         super().__init__(config, sensor)
         self._engine = engine
+        measured = () if engine is None else engine.manifest.spreads
+        self._spread = spread_at(measured, sensor.sigma_px)
         compile_input()
         compile_fit()
         compile_reading()
@@ -108,8 +111,15 @@ class Unmix(Stage[Patches, Unmixed]):
 
     def _read(self, maps: Maps, manifest: Manifest) -> Peaks:
         if manifest.output == "cell-targets":
-            sigma_px, counts = self._sensor.sigma_px, manifest.count_spread
-            return read_cell_targets(maps, manifest.c, sigma_px, counts, manifest.position_spread)
+            spread = self._spread
+            return read_cell_targets(
+                maps,
+                manifest.c,
+                self._sensor.sigma_px,
+                spread.count,
+                spread.position,
+                spread.intensity,
+            )
         config = self._config
         threshold = config.threshold or manifest.detection_threshold
         separate = manifest.separate if config.separate is None else config.separate
