@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field
 from pipeline.component import Context, Settings
 from pipeline.errors import PipelineError
 from pipeline.formats.calibration import read_calibration
+from pipeline.formats.png import read_header
 from pipeline.physics.geometry import Geometry
 from pipeline.physics.sensor import Sensor
 
@@ -116,9 +117,18 @@ def load_bad_pixels(path: Path | None, shape: tuple[int, int]) -> NDArray[np.boo
     """Read a bad-pixel map (H, W), True = bad; raises PipelineError if it is not of that shape."""
     if path is None:
         return None
-    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) if path.exists() else None
+    try:
+        png = path.read_bytes()
+    except OSError as error:
+        raise PipelineError(
+            f"{path}: sensor.bad_pixels must be a readable grey PNG ({error.strerror})"
+        ) from error
+    data = np.frombuffer(png, np.uint8)
+    image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if read_header(png) else None
     if image is None or image.ndim != 2:
-        raise PipelineError(f"{path}: sensor.bad_pixels must be a readable grey PNG")
+        raise PipelineError(
+            f"{path}: sensor.bad_pixels must be a readable grey PNG, and this is none, or damaged"
+        )
     _same_shape(path, "bad-pixel map", image.shape, shape)
     result: NDArray[np.bool_] = image != 0
     return result

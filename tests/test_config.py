@@ -195,3 +195,6 @@ def test_bad_pixel_maps_must_be_grey_and_of_the_frames_size(tmp_path):
         load_bad_pixels(path, (8, 8))
     with pytest.raises(PipelineError, match="readable grey PNG"):
         load_bad_pixels(tmp_path / "none.png", (4, 6))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(PipelineError, match="readable grey PNG, and this is none, or damaged"):
+        load_bad_pixels(path, (4, 6))
