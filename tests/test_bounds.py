@@ -13,6 +13,7 @@ from pipeline.physics import noise
 from pipeline.physics.arrays import NumpyRandom
 from pipeline.physics.bounds import censored_information, cramer_rao, fisher_information, jacobian
 from pipeline.physics.group_bounds import group_bounds
+from pipeline.physics.inverse import inverses
 from pipeline.physics.measurement import log_likelihood, measure
 from pipeline.physics.psf import render
 from pipeline.physics.sensor import Sensor
@@ -202,6 +203,18 @@ def test_a_saturated_centre_loosens_the_bound():
     ]
     assert (np.diag(bounds[1]) > np.diag(bounds[0])).all()
     assert bounds[1][2, 2] > 1.5 * bounds[0][2, 2]
+
+
+def test_a_batch_of_inverses_is_each_bound_by_itself(rng):
+    near = rng.normal(size=(4, 7, 7))
+    information = near @ near.transpose(0, 2, 1) + 0.1 * np.eye(7)
+    information[1, 3] = information[1, :, 3] = 0.0  # says nothing of one
+    information[2, 4:] = information[2, :, 4:] = 0.0  # nor of three
+    information[3] = np.ones((7, 7))  # cannot tell any from the others
+    for found, one in zip(inverses(information), information, strict=True):
+        bound = cramer_rao(one)
+        assert np.isfinite(found).all()
+        assert_allclose(found, bound, rtol=1e-6, atol=1e-9 * np.abs(bound).max())
 
 
 @pytest.mark.parametrize("sigma_error", [0.0, 0.1])

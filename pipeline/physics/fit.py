@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.physics.inverse import inverses
 from pipeline.physics.newton import fit_patches
 from pipeline.physics.psf import render
 from pipeline.physics.sensor import Sensor
@@ -211,4 +212,7 @@ def compile_fit() -> None:
     """Have the inner loop compiled, or read from its cache, now instead of with the first patch."""
     nothing = np.zeros((0, 1, 1))
     window = Window(nothing, nothing, nothing > 0.0)
-    fit(window, Groups.start(np.zeros((0, 1, 2)), nothing[..., 0], nothing[..., 0] > 0.0), Sensor())
+    found = fit(
+        window, Groups.start(np.zeros((0, 1, 2)), nothing[..., 0], nothing[..., 0] > 0.0), Sensor()
+    )
+    inverses(found.information)

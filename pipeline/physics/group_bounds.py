@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.physics.compiled import compiled
+from pipeline.physics.inverse import inverse
 from pipeline.physics.patch_model import (
     EXPECTED,
     expect,
@@ -21,9 +22,6 @@ from pipeline.physics.patch_model import (
     weigh,
 )
 from pipeline.physics.sensor import Sensor
-
-FLOOR = 1e-12
-"""Least eigenvalue of information scaled to a unit diagonal, as in `bounds.cramer_rao`."""
 
 Array64 = NDArray[np.float64]
 
@@ -84,7 +82,7 @@ def _bound_all(patch, xy_px, intensity, level, usable, sigma, sensor):
         parameters[-1] = sigma[0]
         row = patch[begin]
         information = _information(parameters, level[row], usable[row], sigma[1], sensor)
-        bound = _inverse(information)
+        bound = inverse(information)
         for k in range(begin, end):
             x, y, g = 3 * (k - begin), 3 * (k - begin) + 1, 3 * (k - begin) + 2
             snr[k] = intensity[k] * math.sqrt(information[g, g])
@@ -114,69 +112,3 @@ def _information(parameters, level, usable, sigma_precision, sensor):
         for q in range(p):
             normal[q, p] = normal[p, q]
     return normal
-
-
-@compiled
-def _inverse(information):
-    """The covariance bound, see `bounds.cramer_rao`."""
-    size = len(information)
-    scale = np.empty(size)
-    for p in range(size):
-        scale[p] = 1.0 / math.sqrt(max(information[p, p], 1e-30))
-    scaled = np.empty((size, size))
-    for p in range(size):
-        for q in range(size):
-            scaled[p, q] = information[p, q] * scale[p] * scale[q]
-    bound = np.zeros((size, size))
-    # The sum of one over the eigenvalues: small enough, and none of them is near the floor.
-    if not _inverted(scaled, bound) < 1e-3 / FLOOR:
-        _inverted_above_floor(scaled, bound)
-    for p in range(size):
-        for q in range(size):
-            bound[p, q] *= scale[p] * scale[q]
-    return bound
-
-
-@compiled
-def _inverted(matrix, inverse):
-    """Fill the inverse by Cholesky's factor; returns its trace, infinite where there is none."""
-    size = len(matrix)
-    lower = np.zeros((size, size))  # inverse of the factor
-    factor = np.zeros((size, size))
-    for p in range(size):
-        for q in range(p + 1):
-            total = matrix[p, q]
-            for n in range(q):
-                total -= factor[p, n] * factor[q, n]
-            if p > q:
-                factor[p, q] = total / factor[q, q]
-            elif total > 0.0:
-                factor[p, p] = math.sqrt(total)
-            else:
-                return math.inf
-        lower[p, p] = 1.0 / factor[p, p]
-        for q in range(p):
-            total = 0.0
-            for n in range(q, p):
-                total -= factor[p, n] * lower[n, q]
-            lower[p, q] = total / factor[p, p]
-    trace = 0.0
-    for p in range(size):
-        for q in range(p + 1):
-            total = 0.0
-            for n in range(p, size):
-                total += lower[n, p] * lower[n, q]
-            inverse[p, q] = inverse[q, p] = total
-        trace += inverse[p, p]
-    return trace
-
-
-@compiled
-def _inverted_above_floor(matrix, inverse):
-    """Fill the inverse with no eigenvalue below the floor."""
-    values, vectors = np.linalg.eigh(matrix)
-    for p in range(len(matrix)):
-        for q in range(len(matrix)):
-            inverse[p, q] = 0.0
-            for n in range(len(matrix)):
-                inverse[p, q] += vectors[p, n] * vectors[q, n] / max(values[n], FLOOR)

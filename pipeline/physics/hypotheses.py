@@ -10,9 +10,9 @@ from dataclasses import replace
 import numpy as np
 from scipy.special import expit, logit
 
-from pipeline.physics.bounds import cramer_rao
 from pipeline.physics.candidates import LIKELY, Table
 from pipeline.physics.fit import SHARED, Array64, Groups, Mask, Priors, Window, fit
+from pipeline.physics.inverse import inverses
 from pipeline.physics.sensor import Sensor
 
 NEAR_PX = 0.02
@@ -112,7 +112,7 @@ def averaged(
     for _ in range(starts - 1):
         moved = start.xy_px + rng.normal(size=start.xy_px.shape) * np.sqrt(variance[..., :2])
         found.append(fit(window, replace(start, xy_px=moved), sensor, priors))
-    spreads = [cramer_rao(one.information)[:, :-SHARED, :-SHARED] for one in found]
+    spreads = [inverses(one.information)[:, :-SHARED, :-SHARED] for one in found]
     if starts == 1:
         return found[0], spreads[0]
     weight = _weights(found)  # (S, B)

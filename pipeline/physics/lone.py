@@ -7,9 +7,9 @@ of a fit with one target, and where it does not, the fit is the answer.
 
 import numpy as np
 
-from pipeline.physics.bounds import cramer_rao
 from pipeline.physics.candidates import Candidates
 from pipeline.physics.fit import Groups, Window, fit
+from pipeline.physics.inverse import inverses
 from pipeline.physics.psf import peak_fraction
 from pipeline.physics.sensor import Sensor
 
@@ -31,7 +31,7 @@ def lone_targets(window: Window, sensor: Sensor) -> Candidates:
     found = fit(here, start, sensor, iterations=40)
     good = found.converged & (found.reduced_chi2 < MAX_CHI2)
     bound = (
-        cramer_rao(found.information)[good] * np.maximum(found.reduced_chi2, 1.0)[good, None, None]
+        inverses(found.information)[good] * np.maximum(found.reduced_chi2, 1.0)[good, None, None]
     )
     certain = np.ones(int(good.sum()))
     return Candidates(

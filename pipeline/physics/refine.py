@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.physics.bounds import cramer_rao
 from pipeline.physics.candidates import LIKELY, Candidates, Table, count_probabilities, table
 from pipeline.physics.fit import NOTHING_KNOWN, SHARED, Array64, Groups, Mask, Priors, Window, fit
 from pipeline.physics.hypotheses import averaged, recounted
+from pipeline.physics.inverse import inverses
 from pipeline.physics.select import select
 from pipeline.physics.sensor import Sensor
 
@@ -83,7 +83,7 @@ def refine(
     else:
         start = Groups.start(given.parameters[..., :2], given.parameters[..., 2], given.present)
         found = select(window, start, sensor, priors, penalty, additions)
-        covariance = cramer_rao(found.information)[:, :-SHARED, :-SHARED]
+        covariance = inverses(found.information)[:, :-SHARED, :-SHARED]
         certain = np.ones(len(found.present))
         unexplained = np.zeros(covariance.shape[:2])
     # Birge's ratio: what the fit does not explain is as if all errors were larger.
@@ -110,7 +110,7 @@ def _start(window: Window, given: Table, sensor: Sensor, priors: Priors) -> Grou
     present = given.present & (given.p_count >= LIKELY)
     bare = Groups.start(xy_px, intensity, present)
     information = fit(window, bare, sensor, priors, iterations=0).information
-    bound = np.einsum("bpp->bp", cramer_rao(information))[:, :-SHARED].reshape(bare.prior.shape)
+    bound = np.einsum("bpp->bp", inverses(information))[:, :-SHARED].reshape(bare.prior.shape)
     told = 1.0 / np.where(present[..., None], given.variance, np.inf)
     precision = NEWS * np.clip(told - 1.0 / bound, 0.0, None)
     return replace(bare, prior=given.parameters, precision=precision * present[..., None])
