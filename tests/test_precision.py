@@ -11,7 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 from engines.loader import MODELS
 from trainer.errors import TrainerError
-from trainer.int8 import quantized
+from trainer.int8 import quantized, smoothed
 from trainer.precision import read_model, simplified, with_precision
 
 NETWORKS = ("off_grid", "off_grid_any", "dista_net")
@@ -97,6 +97,17 @@ def test_int8_is_near_and_signed_around_zero(network) -> None:
     assert large == {n.output[0] for n in convolutions if n.input[0] in by_eight}
     rounded = {n.input[0] for n in eight.graph.node if n.op_type == "QuantizeLinear"}
     assert not large & rounded  # what they give is not rounded
+
+
+def test_smoothed_channels_nearly_fill_one_range() -> None:
+    size, weight = np.array([0.1, 10.0]), np.array([1.0, 1.0])
+    factor, largest = smoothed(size, weight)
+    evened = size / factor
+    assert largest == evened.max()
+    assert evened.min() > 0.6 * evened.max()
+    dark, _ = smoothed(np.zeros(2), np.zeros(2))  # a channel that is never lit
+    assert np.isfinite(dark).all()
+    assert (dark > 0.0).all()
 
 
 def test_comparisons_and_small_divisors_stay_float32() -> None:

@@ -21,7 +21,6 @@ from trainer.fit_config import FitConfig, fit_config
 from trainer.metrics import CsoMap
 from trainer.network import UnmixingNetwork
 from trainer.progress import shown
-from trainer.rounding import round_to_int8
 from trainer.tensors import read_tensors
 from trainer.trained import load_weights, with_weights
 from trainer.validation import held_out_cso_map
@@ -60,8 +59,6 @@ class Run:
         if config.initial_weights is not None:
             self._start_from(Path(config.initial_weights))
         self.network.fit_initial(*self.pairs.initial(INITIAL_PAIRS))
-        if config.rounding == "int8":
-            round_to_int8(self.network)
         self.average = AveragedModel(
             self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=False
         )

@@ -40,9 +40,6 @@ class FitConfig(BaseModel):
     clip_norm: float = Field(1.0, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
-    rounding: Literal["int8"] | None = Field(
-        None, description="convolutions compute as in this precision of an engine"
-    )
     validate_every: int = Field(500, gt=0, description="steps")
     validate_samples: int = Field(1000, gt=0)
     initial_weights: str | None = Field(

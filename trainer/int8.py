@@ -2,8 +2,9 @@
 
 The convolutions where the time goes round what goes into them, and their weights; what they give
 is not rounded. Everything is signed, around zero: all that TensorRT takes, and on CPUs a zero point
-costs more than it gives. The channels of an input are first divided by factors that even out their
-sizes, and the weights that read them multiplied (`trainer.rounding`, which trains for this).
+costs more than it gives. Channels of very different sizes share the steps of eight bits better once
+each is divided by a factor, by which the weights that read it are multiplied (SmoothQuant, Xiao et
+al., ICML 2023).
 """
 
 from collections.abc import Mapping
@@ -15,11 +16,26 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from trainer.errors import TrainerError
-from trainer.rounding import LEAST_SHARE, LEVELS, WITHIN, smoothing
+
+LEVELS = 127
+"""Steps to either side of zero."""
+
+WITHIN = 0.999
+"""Share of a channel's values that its range holds; what is beyond is clipped."""
+
+SMOOTHING = 0.9
+"""Of a channel's size how much its weights take over: 0 none, 1 all (its exponent)."""
+
+LEAST = 1e-3
+"""Sizes of channels and weights count as at least that."""
+
+LEAST_SHARE = 0.2
+"""A convolution with fewer weights than this share of the largest's is cheap and stays exact."""
 
 CALIBRATION_BATCH = 64
 
 Values = NDArray[np.float32]
+Sizes = NDArray[np.floating]
 
 
 def quantized(model: ModelProto, inputs: Mapping[str, Values]) -> ModelProto:
@@ -93,7 +109,7 @@ def _rounded(
     node: NodeProto, weight: Values, size: NDArray[np.float64]
 ) -> tuple[list[NodeProto], list[onnx.TensorProto]]:
     """Have a convolution read rounded input and weights; → what goes before it, its constants."""
-    factor, largest = smoothing(size, np.abs(weight).max(axis=(0, 2, 3)))
+    factor, largest = smoothed(size, np.abs(weight).max(axis=(0, 2, 3)))
     shaped = factor[:, None, None]
     spread = weight * shaped
     step = np.abs(spread).max(axis=(1, 2, 3)) / LEVELS
@@ -122,3 +138,13 @@ def _rounded(
         numpy_helper.from_array(np.asarray(value), at[key]) for key, value in constants.items()
     ]
     return before, tensors
+
+
+def smoothed(size: Sizes, weight: Sizes) -> tuple[Sizes, float]:
+    """Factors (C,) that the channels of an input are divided by, and the range of all after that.
+
+    size: (C,) range of each channel; weight: (C,) the largest that reads it.
+    """
+    size, weight = size.clip(LEAST), weight.clip(LEAST)
+    factor: Sizes = size**SMOOTHING / weight ** (1.0 - SMOOTHING)
+    return factor, float((size / factor).max())
