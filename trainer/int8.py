@@ -70,8 +70,14 @@ def quantized(model: ModelProto, inputs: Mapping[str, Values]) -> ModelProto:
 
 
 def _large(nodes: Any, weights: Mapping[str, Values]) -> list[NodeProto]:
-    """Convolutions with as many weights as make them worth it."""
-    found = [node for node in nodes if node.op_type == "Conv" and node.input[1] in weights]
+    """Convolutions of all channels at once with as many weights as make them worth it."""
+    found = [
+        node
+        for node in nodes
+        if node.op_type == "Conv"
+        and node.input[1] in weights
+        and all(attribute.i == 1 for attribute in node.attribute if attribute.name == "group")
+    ]
     if not found:
         raise TrainerError("int8: the network has no convolutions; use f16")
     most = max(weights[node.input[1]].size for node in found)
@@ -113,8 +119,9 @@ def _rounded(
     shaped = factor[:, None, None]
     spread = weight * shaped
     step = np.abs(spread).max(axis=(1, 2, 3)) / LEVELS
-    whole = np.round(spread / np.maximum(step, np.finfo(np.float32).tiny)[:, None, None, None])
-    name = node.name
+    step = np.where(step > 0.0, step, 1.0)  # of a channel without weights
+    whole = np.round(spread / step[:, None, None, None])
+    name = node.name or node.output[0]
     constants = {
         "factor": (1.0 / shaped[None]).astype(np.float32),
         "step": np.float32(largest / LEVELS),

@@ -41,6 +41,8 @@ def inverse(information):
         for q in range(size):
             scaled[p, q] = information[p, q] * scale[p] * scale[q]
     bound = np.zeros((size, size))
+    if not np.isfinite(scaled).all():
+        return bound + np.nan
     # The sum of one over the eigenvalues: small enough, and none of them is near the floor.
     if not _inverted(scaled, bound) < 1e-3 / FLOOR:
         _inverted_above_floor(scaled, bound)
