@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
@@ -12,7 +11,7 @@ from pydantic import ConfigDict, Field
 from pipeline.component import Context, Settings
 from pipeline.errors import PipelineError
 from pipeline.formats.calibration import read_calibration
-from pipeline.formats.png import read_header
+from pipeline.formats.png import decode
 from pipeline.physics.geometry import Geometry
 from pipeline.physics.sensor import Sensor
 
@@ -118,13 +117,11 @@ def load_bad_pixels(path: Path | None, shape: tuple[int, int]) -> NDArray[np.boo
     if path is None:
         return None
     try:
-        png = path.read_bytes()
+        image = decode(path.read_bytes())
     except OSError as error:
         raise PipelineError(
             f"{path}: sensor.bad_pixels must be a readable grey PNG ({error.strerror})"
         ) from error
-    data = np.frombuffer(png, np.uint8)
-    image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if read_header(png) else None
     if image is None or image.ndim != 2:
         raise PipelineError(
             f"{path}: sensor.bad_pixels must be a readable grey PNG, and this is none, or damaged"

@@ -16,6 +16,9 @@ from pipeline.stages.unmix import Unmix
 
 FRAME = 3
 
+SENT_S = 0.3
+"""By then ZeroMQ's thread has sent what it was given: a killed process takes it along."""
+
 
 def babbling(task):
     """The unmix node answers one frame, whenever it meets it, with what is no word."""
@@ -46,11 +49,12 @@ def corrupting(task):
 
 
 def dying(task):
-    """The unmix node dies on one frame, whenever it meets it."""
+    """The unmix node dies on one frame, whenever it meets it; its earlier answers are sent."""
     whole = Flow.process
 
     def process(self, message, trace, beside=None):
         if task.node.name == "unmix" and message.info.seq == FRAME:
+            time.sleep(SENT_S)
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(self, message, trace, beside)
 

@@ -199,7 +199,7 @@ def test_a_detector_that_keeps_dying_never_ends_the_run(run_dir, tiny):  # noqa:
 
 def test_another_detector_takes_over_and_no_frame_is_lost(run_dir, tiny, tmp_path):  # noqa: F811
     other = write_tiny_yolo(tmp_path, width=320, centre_sigma_px=2.0)
-    process = live(run_dir, tiny, "swap: {frames: 5, slower: 20, answered: 0.5}\n")
+    process = live(run_dir, tiny, "swap: {frames: 5}\n")
     first_status(process)
     subscriber = Subscriber(f"ipc://{run_dir}/out")
     messages = listen(subscriber, is_fused)

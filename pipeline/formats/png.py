@@ -6,7 +6,11 @@ or size asks for, gigabytes perhaps.
 
 import struct
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
 
 BEGINNING = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 DEFLATED = 1032
@@ -29,6 +33,16 @@ def read_header(png: bytes) -> Header | None:
     header = Header(*struct.unpack_from(">IIBB", png, 16))
     possible = header.width * header.height * header.bits <= 8 * DEFLATED * len(png)
     return header if possible else None
+
+
+def decode(png: bytes) -> NDArray[Any] | None:
+    """The image as it is stored, (H, W) if it is grey; None if it is not a whole PNG."""
+    if read_header(png) is None:
+        return None
+    try:
+        return cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        return None
 
 
 def _is_whole(png: bytes) -> bool:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import PipelineError
 from pipeline.formats.foreign.footage import Footage, check_dtype, counts, largest
-from pipeline.formats.png import read_header
+from pipeline.formats.png import decode
 
 cv2.utils.logging.setLogLevel(
     cv2.utils.logging.LOG_LEVEL_SILENT
@@ -74,10 +74,7 @@ def _pages(path: Path) -> int:
 def _page(path: Path, index: int, where: str) -> NDArray[Any]:
     try:
         if path.suffix.lower() == ".png":
-            png = path.read_bytes()
-            whole = read_header(png) is not None
-            pixels = np.frombuffer(png, np.uint8)
-            image = cv2.imdecode(pixels, cv2.IMREAD_UNCHANGED) if whole else None
+            image = decode(path.read_bytes())
         else:
             done, pages = cv2.imreadmulti(str(path), index, 1, flags=cv2.IMREAD_UNCHANGED)
             image = pages[0] if done and len(pages) else None
