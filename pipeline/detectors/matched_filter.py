@@ -12,14 +12,12 @@ The statistic is that of Gaussian noise by construction, nothing is calibrated.
 
 from typing import Any
 
-import cv2
-import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from pipeline.component import Settings
 from pipeline.detector import Detector, Signal
-from pipeline.imaging.noise_blocks import BLOCK_SAMPLES, float32
+from pipeline.imaging.noise_blocks import BLOCK_SAMPLES
 from pipeline.imaging.point_filter import PointFilter
 from pipeline.imaging.sampling import Integers
 from pipeline.physics.sensor import Sensor
@@ -40,11 +38,9 @@ class MatchedFilter(Detector):
     def signal(self, clean_HW: NDArray[Any]) -> Signal:
         """SNR of the matched filter."""
         background = self._filter.background(clean_HW)
-        smooth_HW = cv2.resize(background, clean_HW.shape[::-1])
-        residual_HW = float32(cv2.subtract(clean_HW, smooth_HW, dtype=cv2.CV_32F))
-        filtered_HW = self._filter(residual_HW)
-        sigma_HW = self._filter.sigma(filtered_HW, background, self._config.block_px)
-        return Signal(residual_HW, np.divide(filtered_HW, sigma_HW, out=filtered_HW), sigma_HW)
+        residual_HW, snr_HW = self._filter.over(background, clean_HW)
+        sigma_HW = self._filter.in_sigmas(snr_HW, background, self._config.block_px)
+        return Signal(residual_HW, snr_HW, sigma_HW)
 
     def mended(self, signal: Signal, clean_HW: NDArray[Any], xy: Integers) -> Signal:  # noqa: ARG002
         """The same arrays, changed round the mended pixels only."""

@@ -13,6 +13,9 @@ from pipeline.physics.groups import SIZE_PX
 CORE_SHARE = 0.2
 """A region's core is what reaches this share of its peak."""
 
+RUN = 64
+"""Pixels that are looked at together: most hold nothing."""
+
 Image = NDArray[np.float32]
 Integers = NDArray[np.int64]
 
@@ -41,9 +44,32 @@ class Regions(NamedTuple):
 
 def find_regions(snr_HW: Image, threshold: float) -> Regions:
     """Regions of 8-connected pixels above the threshold, in the order of their first pixels."""
-    bright = np.flatnonzero(snr_HW > threshold)
+    return Regions(*_regions(snr_HW, np.float32(threshold)))
+
+
+@compiled
+def _regions(snr_HW, threshold):
+    """The columns of `Regions`."""
+    bright = _bright(snr_HW.ravel(), threshold)
     label, number = _labelled(bright, snr_HW.shape[1])
-    return Regions(*_described(bright, label, number, snr_HW))
+    return _described(bright, label, number, snr_HW)
+
+
+@compiled
+def _bright(values, threshold):
+    """Numbers of the values above the threshold; runs without any are passed over quickly."""
+    bright, number = np.empty(len(values), np.int64), 0
+    for begin in range(0, len(values), RUN):
+        run = values[begin : begin + RUN]
+        above = np.int32(0)
+        for n in range(len(run)):
+            above += np.int32(run[n] > threshold)
+        if above > 0:
+            for n in range(len(run)):
+                if run[n] > threshold:
+                    bright[number] = begin + n
+                    number += 1
+    return bright[:number]
 
 
 @compiled
@@ -120,30 +146,51 @@ def merge(regions: Regions, pitch_px: int) -> tuple[Regions, Integers]:
     of its strongest, the union of the boxes, and the mean position weighted by SNR, moved as far
     as its window must be to cover the box.
     """
-    number = len(regions.snr)
-    members = np.ones(number, np.int64)
-    box = regions.bbox_px.copy()
-    tile = regions.peak_xy // (pitch_px or np.iinfo(np.int64).max)
-    low = np.minimum(box[:, None, :2], box[None, :, :2])
-    high = np.maximum(box[:, None, 2:], box[None, :, 2:])
-    fits = (high - low <= SIZE_PX).all(axis=-1) & (tile[:, None] == tile[None]).all(axis=-1)
-    if np.count_nonzero(fits) <= number:  # each with itself only
-        return regions, members
-    xy_px = regions.xy_px.copy()
-    for row in range(number):
-        joined = [row] if members[row] else []
-        for other in np.flatnonzero(fits[row]).tolist() if joined else []:
-            union = np.append(
-                np.minimum(box[row, :2], box[other, :2]), np.maximum(box[row, 2:], box[other, 2:])
-            )
-            if other > row and members[other] and (union[2:] - union[:2] <= SIZE_PX).all():
-                box[row] = union
-                members[other] = 0
-                joined.append(other)
-        if len(joined) > 1:
-            mean = np.average(regions.xy_px[joined], axis=0, weights=regions.snr[joined])
-            reach = SIZE_PX // 2
-            xy_px[row] = np.clip(mean, box[row, 2:] - 1 - reach, box[row, :2] + reach)
-            members[row] = len(joined)
+    xy_px, box, members = _merged(
+        regions.snr, regions.peak_xy, regions.bbox_px, regions.xy_px, pitch_px
+    )
     kept = members > 0
+    if kept.all():
+        return regions, members
     return regions._replace(bbox_px=box, xy_px=xy_px).take(kept), members[kept]
+
+
+@compiled
+def _merged(snr, peak_xy, box_px, centroid_px, pitch_px):
+    """Positions (N, 2), boxes (N, 4), numbers of members (N,): 0 of what another has taken in."""
+    number, reach = len(snr), SIZE_PX // 2
+    xy_px, box, members = centroid_px.copy(), box_px.copy(), np.ones(len(snr), np.int64)
+    for row in range(number):
+        if members[row] == 0:
+            continue
+        total, mean = float(snr[row]), snr[row] * centroid_px[row]
+        for other in range(row + 1, number):
+            if members[other] == 0 or not _in_one_window(box[row], box_px[other]):
+                continue
+            here, there = peak_xy[row], peak_xy[other]
+            if pitch_px > 0 and (here // pitch_px != there // pitch_px).any():
+                continue
+            box[row, :2] = np.minimum(box[row, :2], box_px[other, :2])
+            box[row, 2:] = np.maximum(box[row, 2:], box_px[other, 2:])
+            members[other] = 0
+            members[row] += 1
+            total += snr[other]
+            mean += snr[other] * centroid_px[other]
+        if members[row] > 1:
+            for axis in range(2):
+                at = max(mean[axis] / total, box[row, 2 + axis] - 1 - reach)
+                xy_px[row, axis] = min(at, box[row, axis] + reach)
+    return xy_px, box, members
+
+
+@compiled
+def _in_one_window(one, other):
+    """True if the union of two boxes fits into a window."""
+    width = max(one[2], other[2]) - min(one[0], other[0])
+    height = max(one[3], other[3]) - min(one[1], other[1])
+    return max(width, height) <= SIZE_PX
+
+
+def compile_regions() -> None:
+    """Have this compiled, or read from its cache, now instead of with the first frame."""
+    merge(find_regions(np.zeros((1, 1), np.float32), 0.0), 0)

@@ -31,12 +31,19 @@ from scipy.special import ndtri
 from pipeline.component import Context, Settings, Stage, component
 from pipeline.detector import Detector, Signal
 from pipeline.errors import PipelineError
-from pipeline.imaging.bad_pixels import Repair
+from pipeline.imaging.bad_pixels import Repair, compile_repair
 from pipeline.imaging.noise_blocks import WITHIN_SIGMA
 from pipeline.imaging.point_filter import PointFilter
-from pipeline.imaging.point_shape import SpikeTest, brightest, compile_shapes, stands_out
-from pipeline.imaging.regions import CORE_SHARE, Image, Regions, find_regions, merge
-from pipeline.imaging.sampling import Integers, as_tiles, square_ring, surroundings, values_at
+from pipeline.imaging.point_shape import Shape, ShapeTest, brightest
+from pipeline.imaging.regions import (
+    CORE_SHARE,
+    Image,
+    Regions,
+    compile_regions,
+    find_regions,
+    merge,
+)
+from pipeline.imaging.sampling import Integers, as_tiles, square_ring, surroundings
 from pipeline.messages import Blobs, Flag, Frame, Tiling
 from pipeline.physics.groups import SIZE_PX
 from pipeline.physics.sensor import Sensor
@@ -92,13 +99,13 @@ class Detect(Stage[Frame, Blobs]):
         self._detector: Detector = kind.build(settings, sensor)
         self._filter = PointFilter(sensor)
         self._radius = radius = self._filter.radius
-        self._is_spike = SpikeTest(sensor.sigma_px)
         self._beyond = np.concatenate([square_ring(reach) for reach in (radius, radius + 1)])
         filtered_sigma_px = math.sqrt(2.0 * sensor.sigma_px**2 + 2.0 / 12.0)
         core_px = 2.0 * filtered_sigma_px * math.sqrt(-2.0 * math.log(CORE_SHARE))
-        self._max_width_px = math.ceil(config.group_span_px + core_px) + 1
-        find_regions(np.zeros((1, 1), np.float32), 0.0)  # compiled now, not with the first frame
-        compile_shapes()
+        max_width_px = math.ceil(config.group_span_px + core_px) + 1
+        self._shape = ShapeTest(sensor.sigma_px, max_width_px)
+        compile_repair()
+        compile_regions()
 
     @classmethod
     def build(cls, config: Config, context: Context) -> Self:
@@ -136,7 +143,7 @@ class Detect(Stage[Frame, Blobs]):
         if tiling is not None:
             snr_HW = self._by_tiles(clean_HW, tiling)
             regions = find_regions(snr_HW, threshold)
-            wide = self._is_wide(regions)
+            wide = self._shape.is_wide(regions)
             return Found(snr_HW, regions.take(~wide), regions.take(wide))
         return self._search(clean_HW, threshold)
 
@@ -203,12 +210,11 @@ class Detect(Stage[Frame, Blobs]):
     ) -> tuple[Regions, Regions, Regions]:
         """Regions shaped like groups, those too wide, and hot pixels."""
         regions = find_regions(signal.snr_HW, threshold)
-        wide = self._is_wide(regions)
-        points = regions.take(~wide)
-        points = points.take(stands_out(clean_HW, points.peak_xy, self._max_width_px // 2 + 1))
-        sigma = values_at(signal.sigma_HW, points.peak_xy)
-        spike = self._is_spike(signal.residual_HW, points.peak_xy, sigma)
-        return points.take(~spike), regions.take(wide), points.take(spike)
+        shape = self._shape(clean_HW, signal.residual_HW, signal.sigma_HW, regions)
+        points, extended, spikes = (
+            regions.take(shape == one) for one in (Shape.POINTS, Shape.EXTENDED, Shape.SPIKE)
+        )
+        return points, extended, spikes
 
     def _by_tiles(self, clean_HW: NDArray[Any], tiling: Tiling) -> Image:
         """SNR of every pixel of a complete tile, 0 between them."""
@@ -224,11 +230,6 @@ class Detect(Stage[Frame, Blobs]):
         snr_tiles = as_tiles(snr_HW, size_px, pitch_px)
         snr_tiles[...] = filtered / np.maximum(-low, self._filter.noise_floor(background))
         return snr_HW
-
-    def _is_wide(self, regions: Regions) -> NDArray[np.bool_]:
-        width_px = regions.bbox_px[:, 2:] - regions.bbox_px[:, :2]
-        result: NDArray[np.bool_] = np.any(width_px > self._max_width_px, axis=1)
-        return result
 
     def _ranked(
         self, regions: Regions, tiling: Tiling | None

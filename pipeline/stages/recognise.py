@@ -11,7 +11,7 @@ from engines.base import Options
 from engines.detectors import load_detector
 from engines.frame_detector import FrameDetector
 from pipeline.component import Context, Settings, Stage
-from pipeline.imaging.bad_pixels import Repair
+from pipeline.imaging.bad_pixels import Repair, compile_repair
 from pipeline.messages import Frame, Objects
 from pipeline.physics.sensor import Sensor
 
@@ -38,6 +38,7 @@ class Recognise(Stage[Frame, Objects]):
         super().__init__(config, sensor)
         self._detector = detector
         self._repair = None if bad_pixels_HW is None else Repair(bad_pixels_HW)
+        compile_repair()
 
     @classmethod
     def build(cls, config: Config, context: Context) -> Self:
