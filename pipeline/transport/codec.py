@@ -7,7 +7,6 @@ exactly as long as shapes × dtypes say, and everything has a limit.
 """
 
 import dataclasses
-import math
 import types
 from collections.abc import Callable
 from functools import cache, partial
@@ -22,6 +21,7 @@ from pipeline.messages import Trace
 
 OWN_PART_BYTES = 1 << 16
 """An array of so many bytes is large."""
+MAX_AXES, MAX_LENGTH = 4, 1 << 24
 ALIGNED_BYTES = 8  # where a small array begins among the others
 MAX_HEADER_BYTES = 1 << 20
 MAX_ARRAY_BYTES = 1 << 27  # well below what a socket takes in
@@ -50,9 +50,14 @@ def encode(message: Any, trace: Trace, sent_ns: int) -> list[Any]:
     Raises CodecError on an array larger than MAX_ARRAY_BYTES.
     """
     arrays: list[NDArray[Any]] = []
+    kind = type(message).__name__
+    try:
+        fields = _plain(message, arrays)
+    except Misfit as misfit:
+        raise CodecError(f"{kind}{misfit}") from misfit
     header = {
-        "type": type(message).__name__,
-        "fields": _plain(message, arrays, type(message).__name__),
+        "type": kind,
+        "fields": fields,
         "arrays": [],
         "t_ingest_ns": trace.t_ingest_ns,
         "stage_ns": trace.stage_ns,
@@ -68,22 +73,24 @@ def encode(message: Any, trace: Trace, sent_ns: int) -> list[Any]:
     return parts + [array for array in arrays if array.nbytes >= OWN_PART_BYTES]
 
 
-def _plain(value: Any, arrays: list[NDArray[Any]], where: str) -> Any:
+def _plain(value: Any, arrays: list[NDArray[Any]]) -> Any:
     """A dataclass as nested plain types; each array is left out and appended to `arrays`."""
     if isinstance(value, np.ndarray):
         if value.nbytes > MAX_ARRAY_BYTES:
-            raise CodecError(
-                f"{where}: {value.nbytes} bytes, at most {MAX_ARRAY_BYTES} can be sent"
-            )
+            raise Misfit(f": {value.nbytes} bytes, at most {MAX_ARRAY_BYTES} can be sent")
         native = value.dtype if value.dtype.isnative else value.dtype.newbyteorder("=")
         arrays.append(np.ascontiguousarray(value, dtype=native))
         return None
-    if dataclasses.is_dataclass(value):
-        return {
-            name: _plain(getattr(value, name), arrays, f"{where}.{name}")
-            for name in value.__dataclass_fields__
-        }
-    return value
+    names = getattr(value, "__dataclass_fields__", None)
+    if names is None:
+        return value
+    plain = {}
+    for name in names:
+        try:
+            plain[name] = _plain(getattr(value, name), arrays)
+        except Misfit as misfit:
+            raise misfit.inside(f".{name}") from None
+    return plain
 
 
 @cache
@@ -111,21 +118,28 @@ def decode(parts: list[Any]) -> tuple[Any, Trace, int]:
     if kind is None:
         raise CodecError(f"type: {header['type']!r} is none of {', '.join(TYPES)}")
     arrays = _arrays(header["arrays"], parts[1:])
-    message = _reader(kind)(header["fields"], arrays, header["type"])
+    message = _read(kind, header["fields"], arrays, header["type"])
     if arrays:
         raise CodecError(f"arrays: {len(arrays)} more than {header['type']} has")
     trace = Trace(
-        t_ingest_ns=_reader(int)(header["t_ingest_ns"], arrays, "t_ingest_ns"),
-        stage_ns=_reader(dict[str, int])(header["stage_ns"], arrays, "stage_ns"),
+        t_ingest_ns=_read(int, header["t_ingest_ns"], [], "t_ingest_ns"),
+        stage_ns=_read(dict[str, int], header["stage_ns"], [], "stage_ns"),
     )
-    return message, trace, _reader(int)(header["sent_ns"], arrays, "sent_ns")
+    return message, trace, _read(int, header["sent_ns"], [], "sent_ns")
+
+
+def _read(hint: Any, value: Any, arrays: list[NDArray[Any]], where: str) -> Any:
+    try:
+        return _reader(hint)(value, arrays)
+    except Misfit as misfit:
+        raise CodecError(where + str(misfit)) from misfit
 
 
 def _arrays(described: Any, parts: list[Any]) -> list[NDArray[Any]]:
     """The arrays in the parts, read-only, in reverse so that they can be popped in order."""
     if not isinstance(described, list):
         raise CodecError("arrays: not described by a list")
-    wanted = [_described(entry, f"array {number}") for number, entry in enumerate(described)]
+    wanted = [_described(entry, number) for number, entry in enumerate(described)]
     small = [nbytes for _, _, nbytes in wanted if nbytes < OWN_PART_BYTES]
     if len(parts) != bool(small) + len(wanted) - len(small):
         raise CodecError(f"arrays: {len(parts)} parts do not match their description")
@@ -139,9 +153,11 @@ def _arrays(described: Any, parts: list[Any]) -> list[NDArray[Any]]:
     arrays, begin = [], 0
     for number, (dtype, shape, nbytes) in enumerate(wanted):
         if nbytes < OWN_PART_BYTES:
-            data: Any = together[begin : begin + nbytes]
+            arrays.append(np.ndarray(shape, dtype, together, begin))
             begin += nbytes + -nbytes % ALIGNED_BYTES
-        elif (found := memoryview(data := next(large)).nbytes) != nbytes:
+            continue
+        data = next(large)
+        if (found := memoryview(data).nbytes) != nbytes:
             raise CodecError(
                 f"array {number}: {dtype} {list(shape)} needs {nbytes} bytes, the part has {found}"
             )
@@ -149,19 +165,24 @@ def _arrays(described: Any, parts: list[Any]) -> list[NDArray[Any]]:
     return arrays[::-1]
 
 
-def _described(entry: Any, where: str) -> tuple[np.dtype[Any], list[int], int]:
+def _described(entry: Any, number: int) -> tuple[np.dtype[Any], list[int], int]:
     """Type, shape and bytes of an array as the header has them."""
     if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], list)):
-        raise CodecError(f"{where}: must be described by [dtype, shape]")
+        raise CodecError(f"array {number}: must be described by [dtype, shape]")
     name, shape = entry
-    if not isinstance(name, str) or name not in _DTYPES:
-        raise CodecError(f"{where}: dtype {name!r} is not allowed")
-    if len(shape) > 4 or not all(type(n) is int and 0 <= n <= 1 << 24 for n in shape):
-        raise CodecError(f"{where}: shape {shape!r} is not allowed")
-    nbytes = math.prod(shape) * _DTYPES[name].itemsize
+    dtype = _DTYPES.get(name) if isinstance(name, str) else None
+    if dtype is None:
+        raise CodecError(f"array {number}: dtype {name!r} is not allowed")
+    nbytes = dtype.itemsize
+    for length in shape:
+        if type(length) is not int or not 0 <= length <= MAX_LENGTH:
+            raise CodecError(f"array {number}: shape {shape!r} is not allowed")
+        nbytes *= length
+    if len(shape) > MAX_AXES:
+        raise CodecError(f"array {number}: shape {shape!r} is not allowed")
     if nbytes > MAX_ARRAY_BYTES:
-        raise CodecError(f"{where}: {nbytes} bytes, at most {MAX_ARRAY_BYTES} are allowed")
-    return _DTYPES[name], shape, nbytes
+        raise CodecError(f"array {number}: {nbytes} bytes, at most {MAX_ARRAY_BYTES} are allowed")
+    return dtype, shape, nbytes
 
 
 _DTYPES = {
@@ -170,8 +191,16 @@ _DTYPES = {
 }
 
 
-Reader = Callable[[Any, list[NDArray[Any]], str], Any]
-"""(value in the header, arrays left, where it is for an error) → value; raises CodecError."""
+class Misfit(ValueError):
+    """A value that is not what its field declares; as text where in the message, and why."""
+
+    def inside(self, place: str) -> "Misfit":
+        """The same, of a larger part of the message."""
+        return Misfit(f"{place}{self}")
+
+
+Reader = Callable[[Any, list[NDArray[Any]]], Any]
+"""(value in the header, arrays left) → value; raises Misfit."""
 
 
 @cache
@@ -195,59 +224,54 @@ def _reader(hint: Any) -> Reader:
     return partial(_plainly, hint)
 
 
-def _build(
-    kind: Any, readers: dict[str, Reader], fields: Any, arrays: list[NDArray[Any]], where: str
-) -> Any:
+def _build(kind: Any, readers: dict[str, Reader], fields: Any, arrays: list[NDArray[Any]]) -> Any:
     if not isinstance(fields, dict) or fields.keys() != readers.keys():
-        raise CodecError(f"{where}: must hold exactly {', '.join(readers)}")
-    return kind(
-        **{name: read(fields[name], arrays, f"{where}.{name}") for name, read in readers.items()}
-    )
+        raise Misfit(f": must hold exactly {', '.join(readers)}")
+    values = {}
+    for name, read in readers.items():
+        try:
+            values[name] = read(fields[name], arrays)
+        except Misfit as misfit:
+            raise misfit.inside(f".{name}") from None
+    return kind(**values)
 
 
-def _optional(read: Reader, value: Any, arrays: list[NDArray[Any]], where: str) -> Any:
-    return None if value is None else read(value, arrays, where)
+def _optional(read: Reader, value: Any, arrays: list[NDArray[Any]]) -> Any:
+    return None if value is None else read(value, arrays)
 
 
 def _tuple(
-    hint: Any,
-    readers: list[Reader],
-    repeated: bool,
-    value: Any,
-    arrays: list[NDArray[Any]],
-    where: str,
+    hint: Any, readers: list[Reader], repeated: bool, value: Any, arrays: list[NDArray[Any]]
 ) -> Any:
     if not isinstance(value, list) or not (repeated or len(readers) == len(value)):
-        raise _misfit(hint, value, where)
+        raise _misfit(hint, value)
     readers = readers * len(value) if repeated else readers
-    return tuple(read(item, arrays, where) for read, item in zip(readers, value, strict=True))
+    return tuple(read(item, arrays) for read, item in zip(readers, value, strict=True))
 
 
-def _dict(hint: Any, read: Reader, value: Any, arrays: list[NDArray[Any]], where: str) -> Any:
+def _dict(hint: Any, read: Reader, value: Any, arrays: list[NDArray[Any]]) -> Any:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise _misfit(hint, value, where)
-    return {key: read(item, arrays, where) for key, item in value.items()}
+        raise _misfit(hint, value)
+    return {key: read(item, arrays) for key, item in value.items()}
 
 
-def _plainly(hint: Any, value: Any, arrays: list[NDArray[Any]], where: str) -> Any:  # noqa: ARG001
+def _plainly(hint: Any, value: Any, arrays: list[NDArray[Any]]) -> Any:  # noqa: ARG001
     if type(value) is not hint:
-        raise _misfit(hint, value, where)
+        raise _misfit(hint, value)
     return value
 
 
-def _misfit(hint: Any, value: Any, where: str) -> CodecError:
-    return CodecError(f"{where}: {value!r:.80} is not {hint}")
+def _misfit(hint: Any, value: Any) -> Misfit:
+    return Misfit(f": {value!r:.80} is not {hint}")
 
 
-def _array_of(
-    allowed: set[np.dtype[Any]], value: Any, arrays: list[NDArray[Any]], where: str
-) -> NDArray[Any]:
+def _array_of(allowed: set[np.dtype[Any]], value: Any, arrays: list[NDArray[Any]]) -> NDArray[Any]:
     if value is not None or not arrays:
-        raise CodecError(f"{where}: its array part is missing")
+        raise Misfit(": its array part is missing")
     array = arrays.pop()
     if array.dtype not in allowed:
         names = " or ".join(sorted(map(str, allowed)))
-        raise CodecError(f"{where}: dtype must be {names}, got {array.dtype}")
+        raise Misfit(f": dtype must be {names}, got {array.dtype}")
     return array
 
 
