@@ -5,7 +5,7 @@ configuration it is called `detect`. To add one, add a file.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -61,6 +61,13 @@ class Stage(ABC, Generic[In, Out]):
     def process(self, message: In) -> Out:
         """The next message; raises on what cannot be processed, and the frame is then dropped."""
 
+    def process_all(self, messages: Sequence[In]) -> list[Out]:
+        """`process` of several messages, for a stage that does them faster together.
+
+        If it raises, they are processed one by one, so that each answers for itself.
+        """
+        return [self.process(message) for message in messages]
+
     def close(self) -> None:
         """Release what the stage holds."""
 
@@ -99,6 +106,12 @@ class Inbox(Protocol):
 
 Listen = Callable[[str], Inbox]
 """Opens the inbox at an endpoint; raises PipelineError if nobody can listen there."""
+
+
+class FedSettings(Settings):
+    """Of a source that others send frames to: where it listens for them."""
+
+    endpoint: str
 
 
 class FedSource(Source):

@@ -107,6 +107,16 @@ def test_patches_need_not_be_contiguous(engine: Engine) -> None:
     np.testing.assert_array_equal(engine.infer(patch[::-1])[::-1], engine.infer(patch))
 
 
+def test_patches_may_be_read_only(tmp_path: Path) -> None:
+    patch = patches(4)
+    patch.flags.writeable = False
+    with open_engine(portable(tmp_path)) as engine:
+        for _ in range(IN_FLIGHT):
+            engine.submit(patch)
+        for _ in range(IN_FLIGHT):
+            np.testing.assert_allclose(engine.result(), expected(patch), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "patch",
     [

@@ -8,7 +8,7 @@ from numpy.testing import assert_allclose
 from pipeline.physics.arrays import NumpyRandom
 from pipeline.physics.background import plane_background
 from pipeline.physics.measurement import measure
-from pipeline.physics.plane_fit import fit_planes
+from pipeline.physics.plane_fit import fit_plane
 from pipeline.physics.psf import render
 from pipeline.physics.sensor import Sensor
 
@@ -16,6 +16,14 @@ Y, X = np.mgrid[:11, :11].astype(float)
 PLANE = 1000.0 + 7.0 * X - 4.0 * Y
 CENTRE_XY_PX = np.array([[5.2, 4.9]])
 USABLE = np.ones((1, 11, 11), dtype=bool)
+
+
+def fit_planes(counts, centre, usable):
+    """`fit_plane`, which is compiled, of a batch."""
+    plane, rms, weight = np.empty(counts.shape), np.empty(len(counts)), np.empty((11, 11), bool)
+    for b, (x_px, y_px) in enumerate(centre):
+        rms[b] = fit_plane(counts[b], x_px, y_px, usable[b], weight, plane[b])
+    return plane, rms
 
 
 @pytest.fixture(params=[plane_background, fit_planes])

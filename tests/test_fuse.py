@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit, logit
 
+from pipeline.imaging.judgement import independent_count
 from pipeline.messages import Dropped, Flag, FrameInfo, Objects, Seen, TargetReport
 from pipeline.physics.sensor import Sensor
 from pipeline.stages.fuse import Fuse, fused_odds
-from pipeline.stages.report import independent_count
 from pipeline.wire import check_wire, targets_message
 
 INFO = FrameInfo(7, "s", 123, "utc", (100, 120))

@@ -7,7 +7,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.stats import norm
 
 from pipeline.physics.cell_targets import SPEAKING, count_at_least, read_cell_targets
+from pipeline.physics.finite import all_finite
 from pipeline.physics.score import expected_hits
+from pipeline.stages.unmix import strongest
 from trainer.reading import Reading, detections, read_maps
 
 SPREAD = (0.04, 0.1)
@@ -121,6 +123,24 @@ def test_senseless_maps_give_a_bounded_number_of_targets():
     assert len(found.image) == SPEAKING and set(found.image) == {1}
     assert np.isfinite(found.xy_px).all()
     assert len(read(maps[:0]).image) == 0
+
+
+def test_of_many_targets_the_surest_are_read(rng):
+    maps = said(4)
+    maps[:, 0] = rng.random((4, 33, 33)) ** 100
+    maps[:, 1:3] = rng.uniform(0.0, 10.0, (4, 2, 33, 33))
+    whole, few = read(maps), read_cell_targets(cell_map(maps), 3, 0.5, SPREAD, most=3)
+    assert np.bincount(whole.image).min() > 3
+    for found, wanted in zip(few, strongest(whole, 3), strict=True):
+        assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_one_value_that_is_no_number_is_seen(value):
+    maps = np.zeros((3, 63, 11, 11), np.float32)
+    assert all_finite(maps) and all_finite(maps[:0])
+    maps[2, 61, 10, 9] = value
+    assert not all_finite(maps)
 
 
 def test_patches_do_not_mix(rng):

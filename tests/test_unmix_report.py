@@ -12,6 +12,7 @@ from engines.manifest import Manifest
 from engines.sensor_needs import SensorNeeds
 from engines.spread import Spread
 from pipeline.component import Context
+from pipeline.imaging.judgement import independent_count
 from pipeline.messages import Flag, FrameInfo, Patches, Unmixed
 from pipeline.physics.bounds import cramer_rao, fisher_information
 from pipeline.physics.candidates import Candidates
@@ -21,7 +22,7 @@ from pipeline.physics.groups import MAX_TARGETS
 from pipeline.physics.psf import render
 from pipeline.physics.sensor import Sensor
 from pipeline.stages.refine import Refine
-from pipeline.stages.report import Report, independent_count
+from pipeline.stages.report import Report
 from pipeline.stages.unmix import MAX_PEAKS, Unmix
 from pipeline.wire import check_wire, targets_message
 
@@ -73,7 +74,7 @@ class PerfectEngine(Engine):
 def scene(groups):
     """Patches of groups given as lists of (x, y, intensity), and the true map in counts."""
     batch = len(groups)
-    width = max(map(len, groups))
+    width = max(map(len, groups), default=0)
     padded = np.zeros((batch, width, 3))
     for row, group in zip(padded, groups, strict=True):
         row[: len(group)] = group
@@ -84,7 +85,7 @@ def scene(groups):
         counts_BHW=counts.astype(np.float32),
         background_BHW=np.full_like(counts, BACKGROUND, dtype=np.float32),
         usable_BHW=np.ones(counts.shape, dtype=np.bool_),
-        origin_px=np.array([[100 * k, 50] for k in range(batch)], dtype=np.int32),
+        origin_px=np.array([[100 * k, 50] for k in range(batch)], dtype=np.int32).reshape(batch, 2),
         group=np.arange(batch, dtype=np.int32),
         bbox_px=np.zeros((batch, 4), dtype=np.int32),
         snr=np.ones(batch, dtype=np.float32),
@@ -256,6 +257,20 @@ def test_without_an_engine_the_model_unmixes(caplog):
     xx, xy, xx2, xy2, yy, *_ = message["groups"]["joint_cov_px2"][1]
     assert_allclose([xx, xy, yy], report.cov_px2[1])
     assert xx2 != 0.0 and abs(xy2) < abs(xx2)
+
+
+@pytest.mark.parametrize("engine", ["default", "dista_net_field", "model"])
+def test_frames_together_are_unmixed_as_each_by_itself(engine):
+    groups = [[(5.1, 4.8, 3000.0)], [(4.5, 5.0, 3000.0), (5.6, 5.2, 2500.0)]]
+    frames = [scene(groups)[0], scene([])[0], scene(groups[1:])[0]]
+    unmix = Unmix.build(Unmix.Config(), Context(sensor=SENSOR, engine=engine))
+    for alone, found in zip(map(unmix.process, frames), unmix.process_all(frames), strict=True):
+        assert_array_equal(found.patch, alone.patch)
+        assert_allclose(found.xy_px, alone.xy_px, atol=2e-3)  # bf16 sums in another order
+        assert_allclose(found.intensity, alone.intensity, rtol=2e-3)
+        assert_array_equal(found.patches.counts_BHW, alone.patches.counts_BHW)
+        assert (found.engine, found.source) == (alone.engine, alone.source)
+    unmix.close()
 
 
 def test_covariance_is_the_bound_of_the_whole_group_plus_the_cell():

@@ -47,6 +47,7 @@ class OpenvinoCpu(Engine[Kind]):
                 "use another release of openvino"
             ) from error
         self._requests = [compiled.create_infer_request() for _ in range(IN_FLIGHT)]
+        self._given: dict[int, openvino.Tensor] = {}  # the patches of each request
         for batch in sorted({1, manifest.max_batch}):
             for _ in self._requests:
                 self.infer(np.zeros((batch, *manifest.patch_shape), np.float32))
@@ -61,8 +62,12 @@ class OpenvinoCpu(Engine[Kind]):
     def _begin(self, slot: int, patch_BHW: Patches) -> None:
         if not self._requests:
             raise RuntimeError(f"engine {self.manifest.name} is closed")
-        # share_inputs: the patches are read in place.
-        self._requests[slot].start_async([patch_BHW], share_inputs=True)
+        # Given to `start_async` itself, patches are dispatched in Python: 0.04 ms, cold 0.16.
+        # OpenVINO reads in place only what could be written to, and a request keeps no hold of it.
+        shared = patch_BHW if patch_BHW.flags.writeable else patch_BHW.copy()
+        self._given[slot] = openvino.Tensor(shared, shared_memory=True)
+        self._requests[slot].set_input_tensor(0, self._given[slot])
+        self._requests[slot].start_async()
 
     def _finish(self, slot: int, map_BHW: Maps) -> None:
         request = self._requests[slot]
@@ -71,7 +76,7 @@ class OpenvinoCpu(Engine[Kind]):
 
     def close(self) -> None:
         """Let go of the compiled model."""
-        self._requests = []
+        self._requests, self._given = [], {}
 
 
 def _properties(build: Build | None, options: Options) -> dict[str, Any]:

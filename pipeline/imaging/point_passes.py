@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.imaging.regions import Image
-from pipeline.physics.compiled import compiled
+from pipeline.physics.compiled import compiled, read_only
 
 
 def filter_residual(
@@ -24,11 +24,9 @@ def filter_residual(
 
     kernel (2 r + 1,) is symmetric. The image is mirrored at its outermost pixels.
     """
-    image_HW = image_HW.view()
-    image_HW.flags.writeable = False  # one type of array, whether it was received or not
     residual_HW = np.empty(image_HW.shape, np.float32)
     out_HW = np.empty(image_HW.shape, np.float32)
-    _filter_residual(image_HW, background_hW, kernel, residual_HW, out_HW)
+    _filter_residual(read_only(image_HW), background_hW, kernel, residual_HW, out_HW)
     return residual_HW, out_HW
 
 

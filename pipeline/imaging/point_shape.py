@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pipeline.imaging.regions import Image, Regions
 from pipeline.imaging.sampling import Integers, square_ring
-from pipeline.physics.compiled import compiled
+from pipeline.physics.compiled import compiled, read_only
 from pipeline.physics.psf import pixel_response
 
 STANDS_OUT = 0.35
@@ -91,11 +91,9 @@ class ShapeTest:
         self, clean_HW: NDArray[Any], residual_HW: Image, sigma_HW: Image, xy: Integers,
         bbox_px: Integers,
     ) -> Integers:  # fmt: skip
-        clean_HW = clean_HW.view()
-        clean_HW.flags.writeable = False  # one type of array, whether it was received or not
         shape = np.empty(len(xy), np.int64)
         spike = self._ring, self._weight, self._shortfall_sigmas
-        measured = clean_HW, residual_HW, sigma_HW
+        measured = read_only(clean_HW), residual_HW, sigma_HW
         _judge(*measured, xy, bbox_px, self._max_width_px, self._far, spike, shape)
         return shape
 

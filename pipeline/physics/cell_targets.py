@@ -13,8 +13,9 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
+from scipy.special import expit, ndtr
 
+from pipeline.physics.candidates import LIKELY
 from pipeline.physics.compiled import compiled
 from pipeline.physics.grid import Peaks
 
@@ -52,6 +53,7 @@ def read_cell_targets(
     count_spread: CountSpread,
     position_spread: float = 1.0,
     intensity_spread: float = 1.0,
+    most: int = SPEAKING,
 ) -> Peaks:
     """Targets of each patch, the surest first, and one more where it is not sure there is none.
 
@@ -61,29 +63,23 @@ def read_cell_targets(
     probability of k or more in the patch, so its differences are the probabilities of the counts,
     and those of at least a half are as many targets as the cells' probabilities add up to, rounded.
     count_spread, position_spread, intensity_spread: as measured of the engine (engines/spread.py).
+    most: of a patch.
     """
     batch, _, height, width = map_BCHW.shape
     flat = np.ascontiguousarray(map_BCHW).reshape(batch, CHANNELS, c * c * height * width)
-    image, found = _read(flat, c, width, REACH_SIGMA * sigma_px, count_spread)
-    return Peaks(
-        image=image,
-        xy_px=found[:, 0:2],
-        intensity=found[:, 2],
-        value=found[:, 3],
-        p_exist=found[:, 4],
-        p_count=found[:, 3].copy(),
-        cov_px2=position_spread * found[:, 5:8],
-        intensity_sigma=math.sqrt(intensity_spread) * found[:, 8],
-    )
+    spread = (*count_spread, position_spread, math.sqrt(intensity_spread))
+    return Peaks(*_read(flat, c, width, REACH_SIGMA * sigma_px, spread, most))
 
 
 def count_at_least(
     p_BM: NDArray[np.floating], most: int, count_spread: CountSpread
 ) -> NDArray[np.float64]:
     """Probability (B, most) that a patch holds at least 1, 2, … targets, of its cells' p (B, M)."""
-    result = np.empty((len(p_BM), most))
-    for p, row in zip(p_BM, result, strict=True):
-        _count(np.ascontiguousarray(p), count_spread, row)
+    p_BM = p_BM.astype(np.float64)
+    total = p_BM.sum(axis=1)
+    variance = count_spread[0] + count_spread[1] * (p_BM * (1.0 - p_BM)).sum(axis=1)
+    more = (np.arange(most) + 0.5 - total[:, None]) / np.sqrt(variance)[:, None]
+    result: NDArray[np.float64] = ndtr(-more)
     return result
 
 
@@ -101,126 +97,146 @@ def compile_reading() -> None:
 
 
 @compiled
-def _count(p, spread, more):
-    """Fill more (most,) with `count_at_least` of one patch."""
-    total, variance = 0.0, 0.0
-    for n in range(len(p)):
-        share = float(p[n])
-        total += share
-        variance += share * (1.0 - share)
-    deviation = math.sqrt(spread[0] + spread[1] * variance)
-    for k in range(len(more)):
-        more[k] = 0.5 * math.erfc((k + 0.5 - total) / deviation / _ROOT2)
+def _read(maps, c, width, reach, spread, most):
+    """Of maps (B, 7, cells) the fields of `Peaks`; spread: of the count, a and b, and the factors.
+
+    The latter are on the variances of positions and the deviations of intensities.
+    """
+    room = min(SPEAKING, maps.shape[2])
+    place, p = np.empty(maps.shape[2], np.int64), np.empty(maps.shape[2])
+    loud, left = np.empty(room, np.int64), np.empty(room)
+    x, y = np.empty(room), np.empty(room)
+    near, away, weight = np.empty(room, np.int64), np.empty(room), np.empty(room)
+    size = len(maps) * room
+    image, xy_px, intensity = np.empty(size, np.int64), np.empty((size, 2)), np.empty(size)
+    p_exist, p_count = np.empty(size), np.empty(size)
+    cov_px2, sigma = np.empty((size, 3)), np.empty(size)
+    found = 0
+    for b in range(len(maps)):
+        possible, total, variance = _listen(maps[b, 0], place, p)
+        heard = _loudest(place[:possible], p, loud, left)
+        _locate(maps[b], loud[:heard], c, width, x, y)
+        deviation = math.sqrt(spread[0] + spread[1] * variance)
+        first = found
+        for rank in range(room):
+            more = 0.5 * math.erfc((rank + 0.5 - total) / deviation / _ROOT2)
+            if not more >= SPARE or found - first == most:
+                break
+            cells, gathered = _gather(left[:heard], x, y, reach, near, away, weight)
+            if gathered > SILENCE:
+                image[found], p_count[found], p_exist[found] = b, more, gathered
+                intensity[found], sigma[found] = _mean(
+                    maps[b], loud, x, y, near[:cells], weight, gathered, c, spread, xy_px[found],
+                    cov_px2[found],
+                )  # fmt: skip
+                found += 1
+            if more < LIKELY:  # this was the one too many
+                break
+    return (
+        image[:found], xy_px[:found], intensity[:found], p_count[:found], p_exist[:found],
+        p_count[:found], cov_px2[:found], sigma[:found],
+    )  # fmt: skip
 
 
 @compiled
-def _loudest(p, cells):
-    """Fill cells (M,) with the numbers of the M most probable, the most probable first."""
+def _listen(odds, place, p):
+    """Fill place and p with the cells that are not NEVER; → how many, Σ p and Σ p(1 − p)."""
+    possible = 0
+    for n in range(len(odds)):
+        place[possible] = n
+        possible += odds[n] > NEVER
+    total, variance = 0.0, 0.0
+    for k in range(possible):
+        p[k] = 1.0 / (1.0 + math.exp(-float(odds[place[k]])))
+        total += p[k]
+        variance += p[k] * (1.0 - p[k])
+    return possible, total, variance
+
+
+@compiled
+def _loudest(place, p, loud, left):
+    """Fill loud with the places of the most probable, from the top, left with their p; → number."""
     heard = 0
-    for n in range(len(p)):
-        if heard == len(cells) and not p[n] > p[cells[heard - 1]]:
-            continue
-        place = min(heard, len(cells) - 1)
-        while place > 0 and p[n] > p[cells[place - 1]]:
-            cells[place] = cells[place - 1]
-            place -= 1
-        cells[place] = n
-        heard = min(heard + 1, len(cells))
+    for k in range(len(place)):
+        if heard == len(loud):
+            if not p[k] > left[heard - 1]:
+                continue
+            heard -= 1
+        m = heard
+        while m > 0 and p[k] > left[m - 1]:
+            loud[m], left[m] = loud[m - 1], left[m - 1]
+            m -= 1
+        loud[m], left[m] = place[k], p[k]
+        heard += 1
+    return heard
+
+
+@compiled
+def _locate(said, loud, c, width, x, y):
+    """Fill x and y, px, with where a target of each cell that is loud would be."""
+    pixels = said.shape[1] // (c * c)
+    for m in range(len(loud)):
+        cell, pixel = divmod(loud[m], pixels)
+        row, column = divmod(cell, c)  # within the pixel
+        i, j = divmod(pixel, width)
+        x[m] = j + (column - (c - 1) / 2 + said[1, loud[m]]) / c
+        y[m] = i + (row - (c - 1) / 2 + said[2, loud[m]]) / c
 
 
 @compiled
 def _gather(left, x, y, reach, near, away, weight):
-    """Fill weight (M,) with what of the probabilities left is the next target's: at most 1.
+    """Take the next target out of the probabilities left; → of how many cells, and how much.
 
-    near and away (M,) are room for the cells within reach, the nearest first.
+    Filled for these, the nearest first: near with their rows, away with the squares of their
+    distances, weight with what was taken.
     """
+    if len(left) == 0:
+        return 0, 0.0
     seed = np.argmax(left)
-    number = 0
-    for n in range(len(left)):
-        weight[n] = 0.0
-        distance = math.hypot(x[n] - x[seed], y[n] - y[seed])
-        if distance > reach:
+    cells = 0
+    for m in range(len(left)):
+        square = (x[m] - x[seed]) ** 2 + (y[m] - y[seed]) ** 2
+        if left[m] == 0.0 or square > reach**2:
             continue
-        place = number
-        while place > 0 and distance < away[place - 1]:
-            near[place], away[place] = near[place - 1], away[place - 1]
-            place -= 1
-        near[place], away[place] = n, distance
-        number += 1
+        k = cells
+        while k > 0 and square < away[k - 1]:
+            near[k], away[k] = near[k - 1], away[k - 1]
+            k -= 1
+        near[k], away[k] = m, square
+        cells += 1
     passed, gathered = 0.0, 0.0
-    for n in near[:number]:
-        weight[n] = min(left[n], max(1.0 - passed, 0.0))
-        passed += left[n]
-        gathered += weight[n]
-    return gathered
+    for k in range(cells):
+        m = near[k]
+        weight[k] = min(left[m], max(1.0 - passed, 0.0))
+        passed += left[m]
+        gathered += weight[k]
+        left[m] -= weight[k]
+    return cells, min(gathered, 1.0)  # which rounding may pass
 
 
 @compiled
-def _mean(weight, gathered, cells, out):
-    """Fill out (9,) with the figures of one target, of its cells (7, M) and their weights."""
-    out[:3] = 0.0
-    out[5:] = 0.0
-    whole = max(gathered, 1e-12)
-    for n in np.flatnonzero(weight):
-        for k in range(3):
-            out[k] += weight[n] / whole * cells[1 + k, n]
-    for n in np.flatnonzero(weight):
-        share = weight[n] / whole
-        dx, dy, di = cells[1, n] - out[0], cells[2, n] - out[1], cells[3, n] - out[2]
-        out[5] += share * (cells[4, n] ** 2 + dx**2)
-        out[6] += share * (dx * dy)
-        out[7] += share * (cells[5, n] ** 2 + dy**2)
-        out[8] += share * (cells[6, n] ** 2 + di**2)
-    out[8] = math.sqrt(out[8])
+def _mean(said, loud, x, y, near, weight, whole, c, spread, xy_px, cov_px2):
+    """Fill position and covariance of the target of the cells that are near; → its intensity, σ."""
+    xy_px[0], xy_px[1], intensity = 0.0, 0.0, 0.0
+    for k in range(len(near)):
+        m, share = near[k], weight[k] / whole
+        xy_px[0] += share * x[m]
+        xy_px[1] += share * y[m]
+        intensity += share * said[3, loud[m]]
+    xx, xy, yy, square = 0.0, 0.0, 0.0, 0.0
+    for k in range(len(near)):
+        m, share = near[k], weight[k] / whole
+        n = loud[m]
+        dx, dy, di = x[m] - xy_px[0], y[m] - xy_px[1], said[3, n] - intensity
+        xx += share * (_variance(said[4, n]) / c**2 + dx**2)
+        xy += share * (dx * dy)
+        yy += share * (_variance(said[5, n]) / c**2 + dy**2)
+        square += share * (_variance(said[6, n]) + di**2)
+    cov_px2[0], cov_px2[1], cov_px2[2] = spread[2] * xx, spread[2] * xy, spread[2] * yy
+    return intensity, spread[3] * math.sqrt(square)
 
 
 @compiled
-def _hear(said, p, chosen, c, width, cells):
-    """Fill cells (7, M) with p, x px, y px, intensity, and deviations of these, of chosen cells."""
-    pixels = len(p) // (c * c)
-    for m, n in enumerate(chosen):
-        row, column = divmod(n // pixels, c)  # within the pixel
-        y, x = divmod(n % pixels, width)
-        cells[0, m] = p[n]
-        cells[1, m] = x + (column - (c - 1) / 2 + said[1, n]) / c
-        cells[2, m] = y + (row - (c - 1) / 2 + said[2, n]) / c
-        cells[3, m] = said[3, n]
-        for k in range(4, 7):
-            log_scale = min(max(float(said[k, n]), LOG_SCALES[0]), LOG_SCALES[1])
-            deviation = _ROOT2 * math.exp(log_scale)  # of a Laplace variable
-            cells[k, m] = deviation if k == 6 else deviation / c
-
-
-@compiled
-def _read(maps, c, width, reach, spread):
-    """Of maps (B, 7, cells): the image of each target (N,), and its figures (N, 9).
-
-    These are x, y, intensity, p_count, p_exist, the variances xx, xy, yy, and intensity_sigma.
-    """
-    heard = min(SPEAKING, maps.shape[2])
-    image = np.empty(len(maps) * heard, np.int64)
-    found = np.empty((len(maps) * heard, 9))
-    number = 0
-    chosen, more, left = np.empty(heard, np.int64), np.empty(heard), np.empty(heard)
-    near, away, weight = np.empty(heard, np.int64), np.empty(heard), np.empty(heard)
-    cells, p = np.empty((maps.shape[1], heard)), np.empty(maps.shape[2])
-    for b in range(len(maps)):
-        for n in range(len(p)):
-            odds = float(maps[b, 0, n])
-            p[n] = 1.0 / (1.0 + math.exp(-odds)) if odds > NEVER else 0.0
-        _count(p, spread, more)
-        _loudest(p, chosen)
-        _hear(maps[b], p, chosen, c, width, cells)
-        left[:] = cells[0]
-        spare, likely = np.count_nonzero(more >= SPARE), np.count_nonzero(more >= 0.5)
-        for rank in range(min(spare, likely + 1)):
-            gathered = _gather(left, cells[1], cells[2], reach, near, away, weight)
-            left -= weight
-            if gathered <= SILENCE:
-                continue
-            gathered = min(gathered, 1.0)  # which rounding may pass
-            image[number] = b
-            _mean(weight, gathered, cells, found[number])
-            found[number, 3], found[number, 4] = more[rank], gathered
-            number += 1
-    return image[:number], found[:number]
+def _variance(log_scale):
+    """Of a Laplace variable."""
+    return 2.0 * math.exp(2.0 * min(max(float(log_scale), LOG_SCALES[0]), LOG_SCALES[1]))

@@ -4,8 +4,8 @@ The cache is in NUMBA_CACHE_DIR or beside the source, in a folder for each state
 such loops: a loop holds those it calls, and Numba looks at its own file only.
 
 Arithmetic in the order it is written. A loop is compiled for the types of its arguments, and an
-array that is read-only, or begins at an odd address, is another type: give it copies of what was
-received, or the first frame waits for the compiler.
+array that is read-only, or begins at an odd address, is another type: give it what was received
+as `read_only`, or copies, or the first frame waits for the compiler.
 """
 
 import hashlib
@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
 from numba import njit
+from numpy.typing import DTypeLike, NDArray
 
 
 def _digest() -> str:
@@ -44,3 +46,15 @@ _base = Path(_config.CACHE_DIR or Path(__file__).parent / "__pycache__")
 _config.CACHE_DIR = str(_base / f"loops-{_digest()[:12]}")
 CACHED = _place_for_cache()
 compiled: Any = njit(cache=CACHED, error_model="numpy")
+
+
+def read_only(array: NDArray[Any], dtype: DTypeLike | None = None) -> NDArray[Any]:
+    """The same values in an array of the one kind loops are compiled for, copied if need be.
+
+    Nothing can be written to it, and it is contiguous, aligned, and of dtype, if that is given.
+    """
+    view = np.ascontiguousarray(array, dtype).view()
+    if not view.flags.aligned:
+        view = view.copy()
+    view.flags.writeable = False
+    return view

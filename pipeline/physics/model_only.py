@@ -26,10 +26,11 @@ def unmix_by_model(
 ) -> Refined:
     """Targets of each patch; none where nothing rises above the local background."""
     signal = np.where(window.usable_BHW, window.counts_BHW - window.background_BHW, 0.0)
-    flat = signal.reshape(len(signal), -1)
+    height, width = signal.shape[1:]
+    flat = signal.reshape(len(signal), height * width)
     patch = np.flatnonzero(flat.max(axis=1, initial=0.0) > 0.0)
     place = flat[patch].argmax(axis=1)
-    y, x = np.divmod(place, signal.shape[2])
+    y, x = np.divmod(place, width)
     intensity = flat[patch, place] / peak_fraction(sensor.sigma_px)
     start = Candidates.unsure(patch, np.stack([x, y], axis=1).astype(np.float64), intensity)
     return refine(window, start, sensor, priors, penalty=penalty, additions=MOST - 1)

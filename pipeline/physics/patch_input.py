@@ -7,11 +7,12 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.physics.compiled import compiled
+from pipeline.physics.compiled import compiled, read_only
 from pipeline.physics.noise import ROUNDING_VARIANCE
 from pipeline.physics.sensor import Sensor
 
 Image = NDArray[np.float32]
+PLANES = ("signal", "noise", "sigma")
 
 
 def patch_input(
@@ -27,15 +28,18 @@ def patch_input(
     Counts and their local background. scaling, planes: as an engine's manifest has them; defined by
     `engines.scaling` and `noise.pixel_noise`, and tests hold this to them.
     """
-    batch, height, width = counts_BHW.shape
-    made = np.empty((batch, len(planes), height, width), np.float32)
-    unit = np.full(batch, sensor.full_scale, np.float32)
-    # Copies: for arrays that are read-only, as those that were received, it would compile anew.
-    measured = [np.array(a, order="C") for a in (counts_BHW, background_BHW, usable_BHW)]
-    signal = np.empty((height, width), np.float32)
     camera = sensor.full_scale, sensor.read_noise**2 + ROUNDING_VARIANCE, 1.0 / sensor.gain
-    order = np.array([("signal", "noise", "sigma").index(plane) for plane in planes])
-    _fill(*measured, camera, sensor.sigma_px, scaling == "peak", order, signal, unit, made)
+    rows = [planes.index(plane) if plane in planes else -1 for plane in PLANES]
+    made, unit = _make(
+        read_only(counts_BHW),
+        read_only(background_BHW),
+        read_only(usable_BHW),
+        camera,
+        sensor.sigma_px,
+        scaling == "peak",
+        len(planes),
+        tuple(rows),
+    )
     return (made[:, 0] if planes == ("signal",) else made), unit
 
 
@@ -46,26 +50,30 @@ def compile_input() -> None:
 
 
 @compiled
-def _fill(counts, background, usable, sensor, sigma_px, by_peak, order, signal, unit, made):
-    """Fill made (B, planes, H, W), and unit (B,) where it is the brightest pixel."""
+def _make(counts, background, usable, camera, sigma_px, by_peak, planes, rows):
+    """What a network is given (B, planes, H, W), and its unit; rows: of PLANES, -1 if left out."""
     batch, height, width = counts.shape
-    full_scale, variance, counts_per_electron = sensor
+    full_scale, variance, counts_per_electron = camera
+    made = np.empty((batch, planes, height, width), np.float32)
+    unit = np.empty(batch, np.float32)
+    signal = np.empty((height, width), np.float32)
     for b in range(batch):
+        unit[b] = 1.0 if by_peak else full_scale
         for i in range(height):
             for j in range(width):
                 signal[i, j] = counts[b, i, j] - background[b, i, j] if usable[b, i, j] else 0.0
-        if by_peak:
-            unit[b] = max(signal.max(), np.float32(1.0))
-        for k in range(len(order)):
-            for i in range(height):
-                for j in range(width):
-                    if order[k] == 0:
-                        made[b, k, i, j] = signal[i, j] / unit[b]
-                    elif order[k] == 2:
-                        made[b, k, i, j] = sigma_px
-                    elif usable[b, i, j] and counts[b, i, j] < full_scale:
+                if by_peak:
+                    unit[b] = max(unit[b], signal[i, j])
+        for i in range(height):
+            for j in range(width):
+                if rows[0] >= 0:
+                    made[b, rows[0], i, j] = signal[i, j] / unit[b]
+                if rows[1] >= 0:
+                    noise = math.inf
+                    if usable[b, i, j] and counts[b, i, j] < full_scale:
                         level = max(counts[b, i, j], np.float32(0.0))
                         noise = math.sqrt(variance + level * counts_per_electron)
-                        made[b, k, i, j] = min(noise / unit[b], 1.0)
-                    else:
-                        made[b, k, i, j] = 1.0
+                    made[b, rows[1], i, j] = min(noise / unit[b], 1.0)
+                if rows[2] >= 0:
+                    made[b, rows[2], i, j] = sigma_px
+    return made, unit

@@ -169,7 +169,7 @@ def _between(
     spread[..., [0, 0, 1, 1], [0, 1, 0, 1]] = np.moveaxis(given.cov_px2[..., [0, 1, 1, 2]], 1, 0)
     spread[..., 2, 2] = given.intensity_sigma.T**2
     own[:, place, :, place] = np.nan_to_num(spread)
-    flat = apart.reshape(batch, -1)
+    flat = apart.reshape(batch, 3 * columns)
     trust = certain[:, None, None] ** SPREAD
     total = trust * covariance + (1.0 - trust) * own.reshape(covariance.shape)
     total += weight * (1.0 - weight) * flat[:, :, None] * flat[:, None, :]
@@ -207,7 +207,7 @@ def _joint(covariance: Array64, found: Groups, good: Mask) -> Array64:
     number = found.present.sum(axis=1)
     columns = int(number.max(initial=0))
     order = np.argsort(~found.present, axis=1, kind="stable")[:, :columns]
-    place = (3 * order[..., None] + np.arange(2)).reshape(len(order), -1)  # (B, 2K)
+    place = (3 * order[..., None] + np.arange(2)).reshape(len(order), 2 * columns)
     row = np.arange(len(order))[:, None, None]
     joint: Array64 = covariance[row, place[:, :, None], place[:, None, :]]
     known: NDArray[np.bool_] = (np.arange(2 * columns) // 2 < number[:, None]) & good[:, None]

@@ -11,20 +11,12 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy.special import ndtr
 
 from pipeline.component import Context, Settings, Stage
-from pipeline.messages import MAX_COUNT, Angles, Flag, FrameInfo, TargetReport, Unmixed
-from pipeline.physics.candidates import (
-    MIN_P_EXIST,
-    MIN_SNR,
-    count_probabilities,
-    crowded,
-    significant,
-)
+from pipeline.imaging.judgement import compile_judgement, judge
+from pipeline.messages import Angles, FrameInfo, TargetReport, Unmixed
+from pipeline.physics.candidates import MIN_P_EXIST, MIN_SNR
 from pipeline.physics.geometry import Geometry
-from pipeline.physics.grid import cell_variance_px2
-from pipeline.physics.group_bounds import Bounds, compile_bounds, group_bounds
 from pipeline.physics.sensor import Sensor
 
 Vector = NDArray[np.float64]
@@ -46,7 +38,7 @@ class Report(Stage[Unmixed, TargetReport]):
     def __init__(self, config: Config, sensor: Sensor, geometry: Geometry | None = None) -> None:
         super().__init__(config, sensor)
         self._geometry = geometry
-        compile_bounds()
+        compile_judgement()
 
     @classmethod
     def build(cls, config: Config, context: Context) -> Self:
@@ -58,35 +50,16 @@ class Report(Stage[Unmixed, TargetReport]):
 
         A group of more than groups are taken to have is CROWDED.
         """
-        patches = message.patches
-        snr, cov_px2, intensity_sigma = self._information(message)
-        least = self._config.min_snr, self._config.min_p_exist
-        keep = significant(snr, message.p_exist, message.p_count, *least)
-        group = patches.group[message.patch[keep]]
-        many = crowded(message.patch, message.p_count, keep, len(patches.group))
-        flags = patches.flags.copy()
-        flags[patches.group[many]] |= np.uint16(Flag.CROWDED)
-        intensity, sigma = message.intensity[keep], intensity_sigma[keep]
-        said = message.p_exist[keep]
-        p_exist = np.where(np.isnan(said), ndtr(intensity / sigma), said)
+        config = self._config
+        rows, judged = judge(message, self._sensor, config.min_snr, config.min_p_exist)
         return TargetReport(
             info=message.info,
             engine=message.engine,
             source=message.source,
-            refined=message.refined[keep],
-            group=group,
-            xy_px=message.xy_px[keep],
-            cov_px2=cov_px2[keep],
-            intensity=intensity,
-            intensity_sigma=sigma,
-            p_exist=p_exist,
-            snr=snr[keep],
-            flags=flags[group],
-            bbox_px=patches.bbox_px,
-            count_posterior=_count_posterior(message, group, p_exist),
-            joint_px2=_joint(message, keep),
-            group_flags=flags,
-            angles=self._angles(message.info, message.xy_px[keep], cov_px2[keep]),
+            bbox_px=message.patches.bbox_px,
+            joint_px2=_joint(message, rows),
+            angles=self._angles(message.info, judged.xy_px, judged.cov_px2),
+            **judged._asdict(),
         )
 
     def _angles(self, info: FrameInfo, xy_px: Vector, cov_px2: Vector) -> Angles | None:
@@ -96,66 +69,14 @@ class Report(Stage[Unmixed, TargetReport]):
         boresight = None if pose is None else (pose.az_rad, pose.el_rad, pose.roll_rad)
         return Angles(*self._geometry.angles(xy_px, cov_px2, boresight))
 
-    def _information(self, message: Unmixed) -> Bounds:
-        """What the imaging model says of the targets, and the method where it says more."""
-        patches = message.patches
-        bounds = group_bounds(
-            message.patch,
-            message.xy_px - patches.origin_px[message.patch],
-            message.intensity,
-            patches.background_BHW.mean(axis=(1, 2), dtype=np.float64),
-            patches.usable_BHW,
-            self._sensor,
-        )
-        cell = cell_variance_px2(message.cell_px)
-        gridded = bounds.cov_px2 + np.array([cell, 0.0, cell])
-        return Bounds(
-            bounds.snr,
-            np.where(np.isnan(message.cov_px2), gridded, message.cov_px2),
-            np.where(
-                np.isnan(message.intensity_sigma), bounds.intensity_sigma, message.intensity_sigma
-            ),
-        )
 
-
-def _count_posterior(message: Unmixed, group: NDArray[np.int32], p_exist: Vector) -> Vector:
-    """Probability (N, 6) of 0, 1, …, 4 and 5 or more targets in each group.
-
-    Where the method says of each target how probable it and those before it are, from all that it
-    has considered; otherwise from the targets kept, taken as independent.
-    """
-    groups = len(message.patches.bbox_px)
-    if len(message.patch) == 0 or np.isnan(message.p_count).any():
-        return independent_count(group, p_exist, groups)
-    at_least = np.zeros((groups, MAX_COUNT))
-    rank = _rank(message.patch)
-    counted = rank < MAX_COUNT
-    row = message.patches.group[message.patch[counted]]
-    at_least[row, rank[counted]] = message.p_count[counted]
-    return count_probabilities(at_least)
-
-
-def independent_count(group: NDArray[np.int32], p_exist: Vector, groups: int) -> Vector:
-    """Probability (N, 6) of 0, 1, …, 4 and 5 or more targets in each group.
-
-    Targets taken as independent, each real with its own probability (Poisson-binomial).
-    """
-    posterior = np.zeros((groups, MAX_COUNT + 1))
-    posterior[:, 0] = 1.0
-    for row, p in zip(group, p_exist, strict=True):
-        before = posterior[row].copy()
-        posterior[row, 1:] = before[1:] * (1.0 - p) + before[:-1] * p
-        posterior[row, 0] = before[0] * (1.0 - p)
-        posterior[row, -1] += before[-1] * p
-    return np.clip(posterior, 0.0, 1.0)
-
-
-def _joint(message: Unmixed, keep: NDArray[np.bool_]) -> Vector:
+def _joint(message: Unmixed, rows: NDArray[np.int64]) -> Vector:
     """Covariance (N, 2K, 2K) of the kept targets of each group; NaN unless all were fitted."""
-    columns = message.joint_px2.shape[1] // 2
-    joint = np.full((len(message.patches.bbox_px), 2 * columns, 2 * columns), np.nan)
-    if not columns:
-        return joint
+    size, groups = message.joint_px2.shape[1], len(message.patches.bbox_px)
+    if not size:
+        return np.empty((groups, 0, 0))
+    joint = np.full((groups, size, size), np.nan)
+    keep = np.isin(np.arange(len(message.patch)), rows)
     fitted = np.flatnonzero(message.refined)
     place = _rank(message.patch[fitted])  # within the patch's joint covariance
     for patch in np.unique(message.patch[keep]):

@@ -1,6 +1,7 @@
 """Patches → targets: counts to network units, the engine, and what its maps say."""
 
 import logging
+from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
@@ -17,11 +18,12 @@ from pipeline.imaging.fitting import fitted, in_frame, window_of
 from pipeline.messages import Patches, Unmixed
 from pipeline.physics.candidates import Candidates
 from pipeline.physics.cell_targets import compile_reading, read_cell_targets
+from pipeline.physics.finite import all_finite, compile_finite
 from pipeline.physics.fit import compile_fit
 from pipeline.physics.grid import Peaks, local_maxima
 from pipeline.physics.lone import lone_targets, with_lone
 from pipeline.physics.model_only import MODEL, unmix_by_model
-from pipeline.physics.patch_input import compile_input, patch_input
+from pipeline.physics.patch_input import Image, compile_input, patch_input
 from pipeline.physics.sensor import Sensor
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ what follows takes time that grows with the cube of their number."""
 
 
 class Unmix(Stage[Patches, Unmixed]):
-    """Runs all patches of a frame through the engine as one batch.
+    """Runs all patches of a frame, or of several frames, through the engine as one batch.
 
     Without an engine (`engine: model`, or none is shipped for the sensor) the imaging model alone
     unmixes them, which is slower and tells close targets apart less well.
@@ -53,10 +55,12 @@ class Unmix(Stage[Patches, Unmixed]):
     def __init__(self, config: Config, sensor: Sensor, engine: Engine | None) -> None:
         super().__init__(config, sensor)
         self._engine = engine
+        self._engine_id = "" if engine is None else engine.manifest.engine_id
         measured = () if engine is None else engine.manifest.spreads
         self._spread = spread_at(measured, sensor.sigma_px)
         compile_input()
         compile_fit()
+        compile_finite()
         compile_reading()
 
     @classmethod
@@ -79,11 +83,27 @@ class Unmix(Stage[Patches, Unmixed]):
         """
         if self._engine is None:
             return self._by_model(message)
-        return self._by_network(message, self._engine)
+        patch, unit = self._input(message, self._engine.manifest)
+        return self._unmixed(message, unit, self._engine.infer(patch), self._engine.manifest)
 
-    def _by_network(self, message: Patches, engine: Engine) -> Unmixed:
-        manifest = engine.manifest
-        patch, unit = patch_input(
+    def process_all(self, messages: Sequence[Patches]) -> list[Unmixed]:
+        """The patches of all frames go through the engine together."""
+        if self._engine is None:
+            return super().process_all(messages)
+        manifest = self._engine.manifest
+        inputs = [self._input(message, manifest) for message in messages]
+        maps = self._engine.infer(np.concatenate([patch for patch, _ in inputs]))
+        ends = np.cumsum([len(unit) for _, unit in inputs])
+        return [
+            self._unmixed(message, unit, part, manifest)
+            for message, (_, unit), part in zip(
+                messages, inputs, np.split(maps, ends[:-1]), strict=True
+            )
+        ]
+
+    def _input(self, message: Patches, manifest: Manifest) -> tuple[Image, Image]:
+        """What the network is given, and its unit (B,) in counts."""
+        return patch_input(
             message.counts_BHW,
             message.background_BHW,
             message.usable_BHW,
@@ -91,21 +111,20 @@ class Unmix(Stage[Patches, Unmixed]):
             manifest.scaling,
             manifest.planes,
         )
-        maps = engine.infer(patch)
-        if not np.isfinite(maps).all():
+
+    def _unmixed(self, message: Patches, unit: Image, maps: Maps, manifest: Manifest) -> Unmixed:
+        """What the maps of a frame's patches say."""
+        if not all_finite(maps):
             raise PipelineError(f"engine {manifest.name}: its maps are not finite")
-        peaks = self._read(maps, manifest)
-        if np.bincount(peaks.image, minlength=1).max() > MAX_PEAKS:
-            peaks = strongest(peaks, MAX_PEAKS)
-        found = Candidates.read(peaks, unit)
-        if (message.counts_BHW >= self._sensor.full_scale).any():
+        found = Candidates.read(self._read(maps, manifest), unit)
+        if message.counts_BHW.max(initial=0.0) >= self._sensor.full_scale:
             found = with_lone(found, lone_targets(window_of(message), self._sensor))
         return Unmixed(
             **in_frame(found, message),
             patches=message,
-            joint_px2=np.full((len(maps), 0, 0), np.nan),
+            joint_px2=np.empty((len(maps), 0, 0)),
             cell_px=1.0 / manifest.c,
-            engine=manifest.engine_id,
+            engine=self._engine_id,
             source=manifest.name,
         )
 
@@ -119,11 +138,13 @@ class Unmix(Stage[Patches, Unmixed]):
                 spread.count,
                 spread.position,
                 spread.intensity,
+                MAX_PEAKS,
             )
         config = self._config
         threshold = config.threshold or manifest.detection_threshold
         separate = manifest.separate if config.separate is None else config.separate
-        return local_maxima(maps, manifest.c, threshold, separate=separate)
+        peaks = local_maxima(maps, manifest.c, threshold, separate=separate)
+        return strongest(peaks, MAX_PEAKS)
 
     def _by_model(self, message: Patches) -> Unmixed:
         found = unmix_by_model(window_of(message), self._sensor)
