@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pipeline.command import run_app
+from pipeline.command import finite, run_app
 from pipeline.config import load_config, open_source
 from pipeline.errors import PipelineError, RunError
 from pipeline.evaluation.command import evaluate_detection
@@ -29,7 +29,6 @@ app = typer.Typer(
 )
 
 MIN_RATE_HZ, MAX_RATE_HZ = 1e-3, 1e6
-TERMINATED = 128 + signal.SIGTERM
 
 
 add_commands(app)
@@ -40,8 +39,14 @@ app.command()(calibrate)
 
 
 def main() -> None:
-    """Run the command."""
-    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(TERMINATED))
+    """Run the command.
+
+    What means `read the configuration again` to a run means nothing before it is one.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     run_app(app, "pipeline")
 
 
@@ -159,8 +164,12 @@ def bench(
         typer.Option("--fusion", help="Live runs with a detector beside the flow and without."),
     ] = False,
     detector: Annotated[str, typer.Option(help="For --fusion; `recognise.engine`.")] = "yolo",
-    seconds: Annotated[float, typer.Option(min=1.0, help="Of each live run.")] = 60.0,
-    soak: Annotated[float, typer.Option(min=0.0, help="Seconds of a soak, e.g. 600.")] = 0.0,
+    seconds: Annotated[
+        float, typer.Option(min=1.0, callback=finite, help="Of each live run.")
+    ] = 60.0,
+    soak: Annotated[
+        float, typer.Option(min=0.0, callback=finite, help="Seconds of a soak, e.g. 600.")
+    ] = 0.0,
 ) -> None:
     """Measure each stage and hop on this machine, or whole live runs, beside the budgets."""
     from pipeline.bench import run_bench

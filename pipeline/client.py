@@ -18,8 +18,33 @@ from pipeline.transport.security import ClientKeys
 from pipeline.wire import check_wire
 
 WAIT_S = 0.1
+SILENT_S = 5.0
+"""A run says something every second (`publish.heartbeat_s`)."""
 log = logging.getLogger(__name__)
 MAX_NAMED = 4096
+
+
+class Silence:
+    """Says once that nothing comes, and what may be the cause, and once that it is over."""
+
+    def __init__(self, endpoint: str, cause: str) -> None:
+        self._endpoint, self._cause = endpoint, cause
+        self._since, self._said = time.monotonic(), False
+
+    def heard(self, something: bool) -> None:
+        """Take in whether something has come just now."""
+        now = time.monotonic()
+        silent_s = now - self._since
+        if something:
+            if self._said:
+                log.warning("%s is back after %.0f s", self._endpoint, silent_s)
+            self._since, self._said = now, False
+        elif silent_s >= SILENT_S and not self._said:
+            self._said = True
+            log.warning(
+                "nothing from %s for %.0f s: is the run up, %s?",
+                self._endpoint, silent_s, self._cause,
+            )  # fmt: skip
 
 
 class Subscriber:
@@ -27,6 +52,7 @@ class Subscriber:
 
     What this subscriber was too slow to take comes as `irst.gap/1`, too, with stage `subscriber`.
     `rejected` counts messages that did not fit their schema. keys: folder of `pipeline keys`.
+    Silence of 5 s is a warning in the log, its end another.
     """
 
     def __init__(self, endpoint: str, keys: Path | None = None) -> None:
@@ -36,14 +62,20 @@ class Subscriber:
         self._next_seq: int | None = None
         self._had: int | None = None  # targets and gaps since the start, None: it was not seen
         self.rejected = 0
+        cause = f"is the key of {keys} on its list" if keys else "does it want keys"
+        self._silence = Silence(endpoint, cause)
 
     def receive(self, timeout_s: float) -> dict[str, Any] | None:
         """The next valid message of any schema, None if none came within `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while not self._waiting:
-            part = self._socket.receive(max(0.0, deadline - time.monotonic()))
+            left_s = max(0.0, deadline - time.monotonic())
+            part = self._socket.receive(min(left_s, WAIT_S))
+            self._silence.heard(part is not None)
             if part is None:
-                return None
+                if left_s <= WAIT_S:
+                    return None
+                continue
             try:
                 message = unpack_wire(part)
                 check_wire(message)

@@ -1,6 +1,10 @@
 """Runs a command line: a user's mistake is one line on standard error, never a traceback."""
 
+import math
+import signal
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -30,6 +34,23 @@ def run_app(app: typer.Typer, name: str) -> None:
         _fail(name, "interrupted", INTERRUPTED)
 
 
+def finite(value: float) -> float:
+    """The value of an option, which no range keeps from being `nan` or `inf`."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a number to count with")
+    return value
+
+
+def on_end(call: Callable[[], Any]) -> None:
+    """Call when told to end: by Ctrl-C, SIGTERM, or the terminal's going, unless under nohup."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
+        signal.signal(number, lambda _number, _frame: call())
+
+
 def _fail(name: str, message: str, exit_code: int) -> None:
-    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+    print(f"{name}: {line}", file=sys.stderr)
     sys.exit(exit_code)

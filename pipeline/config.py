@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.component import FedSource, Settings, Source, component
+from pipeline.component import FedSettings, FedSource, Settings, Source, component
 from pipeline.errors import PipelineError
 from pipeline.formats.yaml_map import read_yaml_map
 from pipeline.runtime.settings import (
@@ -70,6 +70,17 @@ class PipelineConfig:
     def beside(self) -> Node | None:
         """The node beside the flow, if there is one: the last row."""
         return self.topology[-1] if self.topology[-1].beside else None
+
+    @property
+    def front_endpoints(self) -> tuple[str, ...]:
+        """Where the front listens: for who records its frames, and for its source's senders."""
+        fed = self.source.endpoint if isinstance(self.source, FedSettings) else None
+        return tuple(filter(None, (self.publish.frames, fed)))
+
+    @property
+    def name(self) -> str:
+        """What no two runs on a machine may share."""
+        return self.supervisor.name or self.sensor.id or self.source_kind
 
     @property
     def digest(self) -> str:
@@ -201,6 +212,11 @@ def _topology(data: Any, where: str) -> tuple[Node, ...]:
                 f"{where}: topology.{name}.replicas must be 1, got {row.replicas}; "
                 "only nodes in between can have more"
             )
+    if rows[0].batch != 1:
+        raise PipelineError(
+            f"{where}: topology.front.batch must be 1, got {rows[0].batch}; "
+            "the front does frames as they come, only the nodes after it several at once"
+        )
     flow_types(rows, where)
     return running(rows)
 

@@ -11,3 +11,13 @@ class RunError(PipelineError):
     """A run that began well and failed. Exit code 1."""
 
     exit_code = 1
+
+
+class Unavailable(RunError):
+    """What a run needs is not there now, a camera or an address; trying again may mend it."""
+
+
+def told(error: Exception) -> str:
+    """What a person is told of an error, as one line: ours say it all, others need their name."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, PipelineError) else f"{type(error).__name__}: {text}"

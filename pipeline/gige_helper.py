@@ -3,7 +3,8 @@
 A program of its own, run by the Python that has PyGObject (the system's); it imports nothing of
 ours. Its argument is a map of options as JSON, see `sources/gige.py`. It writes messages: two
 little-endian uint32, the lengths of what follows, a map as JSON, and a frame's bytes. Events:
-"camera" (once), "frame", "lost" (with the frame's number and why), "gone", "failed".
+"camera" (once), "frame", "lost" (with the frame's number and why), "gone", "failed" (with why, and
+whether the camera is there and refuses).
 """
 
 import json
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO
 BUFFERS = 32
 POP_US = 200_000
 EXIT_GONE, EXIT_FAILED = 3, 2
+AWAY = ("NOT_CONNECTED", "PROTOCOL_ERROR", "TRANSFER_ERROR", "TIMEOUT", "NOT_FOUND")
 
 
 def main() -> int:
@@ -31,13 +33,17 @@ def main() -> int:
             remedy = "install Debian's gir1.2-aravis-0.8 and python3-gi"
             send(out, {"event": "failed", "reason": f"no Aravis for Python ({error}); {remedy}"})
             return EXIT_FAILED
+        here = False
         try:
             camera = Aravis.Camera.new(options["camera"] or first_address(Aravis))
+            here = True
             described = configure(camera, options)
             send(out, {"event": "camera", **described})
             return 0 if options["probe"] else stream(Aravis, camera, options, out)
         except (GLib.Error, ValueError) as error:
-            send(out, {"event": "failed", "reason": getattr(error, "message", str(error))})
+            here = here and not is_away(Aravis, error)
+            reason = getattr(error, "message", str(error))
+            send(out, {"event": "failed", "reason": reason, "here": here})
             return EXIT_FAILED
         except BrokenPipeError:
             return 0
@@ -50,6 +56,14 @@ def send(out: BinaryIO, header: dict[str, Any], payload: bytes = b"") -> None:
     for part in (rest, memoryview(payload)):
         while part:
             part = part[out.write(part) :]
+
+
+def is_away(aravis: Any, error: Exception) -> bool:
+    """True if it is that the camera does not answer, not that it refuses what it is told."""
+    if not hasattr(error, "matches"):
+        return False
+    codes = (getattr(aravis.DeviceError, name) for name in AWAY)
+    return any(error.matches(aravis.device_error_quark(), code) for code in codes)
 
 
 def first_address(aravis: Any) -> str:

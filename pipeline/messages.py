@@ -91,6 +91,7 @@ class BadMessage:
 
     seq: int | None
     reason: str
+    parts: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,13 @@ class Dropped:
     seq: int
     stage: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Malformed(Dropped):
+    """Of a source: what came in place of the frame made none; its bytes, if they are to be kept."""
+
+    parts: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,37 +7,55 @@ NAME.targets.jsonl; a target message belongs to the frame of the same `t_exposur
 
 import contextlib
 import json
+import logging
 import os
+import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.client import Subscriber
+from pipeline.client import Silence, Subscriber
 from pipeline.errors import RunError
 from pipeline.formats.live_recording import LiveRecordingWriter
 from pipeline.messages import Frame
 from pipeline.physics.sensor import Sensor
+from pipeline.runtime.surroundings import try_writing
 from pipeline.transport.codec import CodecError
 from pipeline.transport.frames import FrameSubscriber
+from pipeline.transport.security import ClientKeys
 
 NICENESS = 10
 WAIT_S = 0.05
 LAST_FRAMES_S = 0.5
+REST_S = 1.0
+log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Writes what it is given; a new recording begins at `max_bytes` of pixels, or a new sensor."""
+    """Writes what it is given; a new recording begins at `max_bytes` of pixels, or a new sensor.
 
-    def __init__(self, folder: Path, max_bytes: int, keep: int | None) -> None:
-        self._folder, self._max_bytes, self._keep = folder, max_bytes, keep
+    And where time jumps back, but once a second at most; in between, and where it stands still, a
+    frame gets a time of 1 ns after the last, as times in a recording advance.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        max_bytes: int,
+        keep: int | None,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._folder, self._max_bytes, self._keep, self._clock_s = folder, max_bytes, keep, clock_s
         self._writer: LiveRecordingWriter | None = None
         self._sensor: Sensor | None = None
         self._shape: tuple[int, int] | None = None
         self._lines: IO[str] | None = None
-        self._names: list[Path] = []
+        self._newest_ns = 0  # of the recording
+        self._began_s = 0.0
         self._next_seq: int | None = None
-        self.frames = self.missed = self.malformed = 0
+        self.frames = self.messages = self.missed = self.malformed = self.retimed = 0
 
     def add_frame(self, frame: Frame, sensor: Sensor) -> None:
         """Write a frame, in a new recording if it does not fit into this one."""
@@ -50,31 +68,40 @@ class Recorder:
             writer is not None
             and (self._sensor, self._shape) == (sensor, frame.info.shape)
             and writer.pixel_bytes < self._max_bytes
-            and writer.follows(t_ns)
+            and (t_ns >= self._newest_ns or self._clock_s() - self._began_s < REST_S)
         )
         if writer is None or not fits:
             writer = self._rotate(frame, sensor)
-        writer.append(frame.pixels_HW, t_ns)
+        written_ns = writer.following(t_ns)
+        writer.append(frame.pixels_HW, written_ns)
+        self._newest_ns = max(self._newest_ns, t_ns)
         self.frames += 1
+        self.retimed += written_ns != t_ns
+        if self.retimed == 1 and written_ns != t_ns:
+            log.warning("frame %d: its exposure time does not advance; 1 ns is added", seq)
 
     def add_message(self, message: dict[str, Any]) -> None:
         """Write a target message to the recording of the day; before the first frame, nowhere."""
         if self._lines is not None and message["schema"] == "irst.targets/1":
             self._lines.write(json.dumps(message) + "\n")
             self._lines.flush()
+            self.messages += 1
 
     def _rotate(self, frame: Frame, sensor: Sensor) -> LiveRecordingWriter:
         self.close()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        others = recordings(self._folder, sensor.id)
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        path = self._folder / f"{sensor.id}-{stamp}-{len(self._names):04d}.zarr"
+        same = [int(other.stem.rsplit("-")[-1]) for other in others if f"-{stamp}-" in other.name]
+        path = self._folder / f"{sensor.id}-{stamp}-{max(same, default=-1) + 1:04d}.zarr"
         self._writer = LiveRecordingWriter(path, frame.info.shape, sensor)
         self._sensor, self._shape = sensor, frame.info.shape
         self._lines = _lines_of(path).open("w", encoding="utf-8")
-        self._names.append(path)
-        if self._keep is not None and len(self._names) > self._keep:
-            oldest = self._names[-self._keep - 1]
-            shutil.rmtree(oldest, ignore_errors=True)
-            _lines_of(oldest).unlink(missing_ok=True)
+        self._newest_ns, self._began_s = frame.info.t_exposure_ns, self._clock_s()
+        if self._keep is not None:
+            for oldest in others[: max(0, len(others) + 1 - self._keep)]:
+                _lines_of(oldest).unlink(missing_ok=True)
+                shutil.rmtree(oldest, ignore_errors=True)
         return self._writer
 
     def close(self) -> None:
@@ -87,17 +114,33 @@ class Recorder:
             self._writer = None
 
 
+def recordings(folder: Path, sensor_id: str) -> list[Path]:
+    """What recorders have made of this sensor in a folder, oldest first, whoever ran them."""
+    name = re.compile(re.escape(sensor_id) + r"-\d{8}T\d{6}Z-\d{4,}\.zarr")
+    return sorted(path for path in folder.iterdir() if name.fullmatch(path.name))
+
+
 def _lines_of(path: Path) -> Path:
     return path.with_suffix(".targets.jsonl")
 
 
 def record(
-    targets: str, frames: str, folder: Path, max_bytes: int, keep: int | None, keys: Path | None
+    targets: str,
+    frames: str,
+    folder: Path,
+    max_bytes: int,
+    keep: int | None,
+    keys: Path | None,
+    stopped: Callable[[], bool],
 ) -> str:
-    """Record until the run ends, or an interrupt; returns what was done as a line.
+    """Record until the run ends or `stopped`; returns what was done as a line.
 
-    Raises RunError if nothing came at all or the folder cannot be written.
+    Raises PipelineError if something else is published at `frames`, or the folder cannot be
+    written; RunError if no frame came, or writing failed later.
     """
+    if keys is not None:
+        ClientKeys.load(keys)  # a mistake is said before anything is waited for
+    try_writing(folder, "record")
     os.nice(NICENESS)
     recorder = Recorder(folder, max_bytes, keep)
     with contextlib.ExitStack() as stack:
@@ -105,26 +148,41 @@ def record(
         stack.callback(frame_socket.close)
         stack.callback(recorder.close)
         try:
-            frame_socket.wait_connected()
-            # Only now, so that a run that waits for a subscriber does not begin too early.
-            subscriber = Subscriber(targets, keys)
-            stack.callback(subscriber.close)
-            _follow(recorder, frame_socket, subscriber)
+            if _connected(frame_socket, frames, stopped):
+                # Only now, so that a run that waits for a subscriber does not begin too early.
+                subscriber = Subscriber(targets, keys)
+                stack.callback(subscriber.close)
+                _follow(recorder, frame_socket, subscriber, stopped)
         except OSError as error:
             raise RunError(f"{folder}: cannot be written ({error.strerror})") from error
-        except KeyboardInterrupt:
-            pass
     if not recorder.frames:
         raise RunError(f"no frame came from {frames}; is it the run's publish.frames?")
+    retimed = f", {recorder.retimed} moved to a later time" if recorder.retimed else ""
     return (
-        f"recorded {recorder.frames} frames in {folder}; {recorder.missed} were not seen (shed by "
-        f"the run, or missed here), {recorder.malformed} malformed"
+        f"recorded {recorder.frames} frames and {recorder.messages} target messages in {folder}; "
+        f"{recorder.missed} were not seen (shed by the run, or missed here), "
+        f"{recorder.malformed} malformed{retimed}"
     )
 
 
-def _follow(recorder: Recorder, frames: FrameSubscriber, subscriber: Subscriber) -> None:
+def _connected(frames: FrameSubscriber, endpoint: str, stopped: Callable[[], bool]) -> bool:
+    """Wait for the frames; False if told to end before."""
+    silence = Silence(endpoint, "is this its publish.frames")
+    while not stopped():
+        if frames.connected(WAIT_S):
+            return True
+        silence.heard(False)
+    return False
+
+
+def _follow(
+    recorder: Recorder,
+    frames: FrameSubscriber,
+    subscriber: Subscriber,
+    stopped: Callable[[], bool],
+) -> None:
     until = None  # after the end of the stream, frames on their way still come
-    while until is None or time.monotonic() < until:
+    while not stopped() and (until is None or time.monotonic() < until):
         try:
             received = frames.receive(WAIT_S)
         except CodecError:

@@ -123,7 +123,8 @@ def print_summary(console: Console, summary: Summary, result: Score | None) -> N
     rate = summary.frames / seconds if seconds > 0 else 0.0
     console.print(
         f"\n[bold]{summary.frames}[/] frames, [bold]{summary.targets}[/] targets in "
-        f"{summary.groups} groups; {seconds:.1f} s, [bold]{rate:.1f}[/] frames/s"
+        f"{summary.groups} groups; {seconds:.1f} s, [bold]{rate:.1f}[/] frames/s",
+        soft_wrap=True,
     )
     table = Table("stage", "p50 ms", "p99 ms", title="latency", title_justify="left")
     for stage, ns in summary.latency_ns.items():
@@ -132,32 +133,40 @@ def print_summary(console: Console, summary: Summary, result: Score | None) -> N
     console.print(table)
     print_accounting(console, summary.end, balanced=summary.balanced)
     for reason, frames in summary.unfused.items():
-        console.print(f"  not fused: {frames} × {reason}")
+        console.print(f"  not fused: {frames} × {reason}", soft_wrap=True, markup=False)
     if result is not None:
         print_score(console, result)
 
 
-def print_accounting(console: Console, end: dict[str, Any] | None, *, balanced: bool) -> None:
-    """Frames in = published + dropped, or the alarm."""
-    if end is None:
-        console.print("[bold red]the stream did not end: totals unknown[/]")
-        return
-    verdict = "adds up" if balanced else "[bold red]does NOT add up[/]"
-    console.print(
+def accounting_line(end: dict[str, Any], balanced: bool) -> str:
+    """Frames in = published + dropped, and whether it adds up."""
+    verdict = "adds up" if balanced else "does NOT add up"
+    return (
         f"accounting: {end['frames_in']} in = {end['published']} published + {_lost(end)} dropped "
         f"({verdict})"
     )
+
+
+def print_accounting(console: Console, end: dict[str, Any] | None, *, balanced: bool) -> None:
+    """Frames in = published + dropped, or the alarm; a line is one line, however narrow."""
+    style = None if balanced else "bold red"
+    if end is None:
+        console.print("the stream did not end: totals unknown", style=style, soft_wrap=True)
+        return
+    console.print(accounting_line(end, balanced), style=style, soft_wrap=True)
     for entry in end["dropped"]:
-        console.print(f"  dropped at {entry['stage']}: {entry['frames']} × {entry['reason']}")
+        line = f"  dropped at {entry['stage']}: {entry['frames']} × {entry['reason']}"
+        console.print(line, soft_wrap=True, markup=False)
 
 
 def print_score(console: Console, result: Score) -> None:
     """CSO-mAP and the tracker's figures."""
     ap = "  ".join(f"AP{round(t * 100):02d} {value:.3f}" for t, value in result.ap.items())
     rmse = "–" if result.rmse_px is None else f"{result.rmse_px:.3f} px"
-    console.print(f"score: [bold]CSO-mAP {result.cso_map:.4f}[/]  ({ap})")
+    console.print(f"score: [bold]CSO-mAP {result.cso_map:.4f}[/]  ({ap})", soft_wrap=True)
     console.print(
         f"       Pd {result.pd:.3f} within {PD_GATE_PX} px, RMSE {rmse}, "
         f"{result.false_alarms_per_frame:.2f} false alarms a frame (none within "
-        f"{FALSE_ALARM_GATE_PX:g} px)"
+        f"{FALSE_ALARM_GATE_PX:g} px)",
+        soft_wrap=True,
     )

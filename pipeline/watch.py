@@ -1,7 +1,8 @@
 """`pipeline watch`: a run's Prometheus figures as a table in the terminal."""
 
+import http.client
+import re
 import time
-import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterable
@@ -17,6 +18,8 @@ from rich.text import Text
 from pipeline.errors import PipelineError, RunError
 
 TIMEOUT_S = 2.0
+MAX_BYTES = 1 << 24
+ADDRESS = r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}"
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,21 @@ class Look:
 
 def read_figures(address: str) -> Look:
     """Ask a run for its figures; raises PipelineError if nobody answers with any."""
+    if not re.fullmatch(ADDRESS, address):
+        raise PipelineError(f"{address}: not an address; give HOST:PORT, e.g. 127.0.0.1:9464")
     url = f"http://{address}/metrics"
+    hint = "is telemetry.metrics of the run this address?"
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
-            text = answer.read().decode()
+            text = answer.read(MAX_BYTES).decode()
         families = list(text_string_to_metric_families(text))
-    except (OSError, ValueError, urllib.error.URLError) as error:
-        raise PipelineError(
-            f"{url}: no figures there ({error}); is telemetry.metrics of the run this address?"
-        ) from error
+        if not any(family.name.startswith("irst_") for family in families):
+            raise ValueError("the figures of something else")
+    except (http.client.HTTPException, ValueError) as error:
+        raise PipelineError(f"{url}: what answers there is no run's figures; {hint}") from error
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        raise PipelineError(f"{url}: no figures there ({reason}); {hint}") from error
     return _look(families)
 
 
@@ -104,11 +113,12 @@ def render(now: Look, before: Look | None) -> Group:
         return gained / seconds if seconds else 0.0
 
     lost = now.total("irst_frames_total", "dropped")
+    restarts = now.values.get("irst_restarts_total", {})
     age_ms = [1e3 * quantile_s(now, before, "irst_publish_age_seconds", q) for q in (0.5, 0.99)]
     head = Text(
         f"{rate('published'):.1f} frames/s published, {rate('dropped'):.1f} lost/s "
         f"({lost:.0f} in all); age ≤ {age_ms[0]:g} ms p50, ≤ {age_ms[1]:g} ms p99; "
-        f"{now.get('irst_subscribers'):.0f} subscribers, {now.get('irst_restarts_total'):.0f} "
+        f"{now.get('irst_subscribers'):.0f} subscribers, {sum(restarts.values()):.0f} "
         f"restarts, {now.get('irst_malformed_messages_total'):.0f} malformed",
         style="bold red" if rate("dropped") else "bold",
     )
@@ -129,6 +139,6 @@ def render(now: Look, before: Look | None) -> Group:
         stages.add_row(name, *(f"{edge:g}" for edge in edges))
     reasons = Table("lost at", "frames")
     for (outcome, stage), number in now.values.get("irst_frames_total", {}).items():
-        if outcome == "dropped":
+        if outcome == "dropped" and number:
             reasons.add_row(stage, f"{number:.0f}")
     return Group(head, nodes, stages, *([reasons] if lost else []))

@@ -2,16 +2,20 @@
 
     python tests/chaos.py --seconds 300 --events 200 --seed 1
 
-Events: a node is killed; a node is stopped for three seconds; a subscriber stops reading; garbage
-is sent to the run's sockets; another engine is to take over. At the end the run must be well, and
-its totals must add up with what one subscriber has seen from the first frame to the last.
+Events: the front, unmix or back node is killed, or stopped for one or three seconds; a subscriber
+stops reading; garbage comes over the feed, from strangers at the run's sockets, and as a node's
+answer; another engine is to take over. All kinds come equally often. At the end each must have had
+its effect, the run must be well, and its totals must add up with what one subscriber has seen from
+the first frame to the last.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,43 +25,33 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgpack
 import zmq
+from faulty_nodes import CHAOS, DAMAGE
 
 from pipeline.client import Subscriber
+from pipeline.runtime.dead_letters import DeadLetters, read_letter
+from pipeline.watch import Look, read_figures
 
-BIN = Path(sys.executable).parent
-STOP_S = 3.0
+ACTORS = Path(__file__).with_name("chaos_actors.py")
+NODES = ("front", "unmix", "back")
+STOPS_S = (1.0, 3.0)
 HEALTHY_S = 30.0
+WELL = 50  # frames in a row
+NORMAL_AGE_NS = 30_000_000
+DEAF_FRAMES = 220  # more than the kernel, both sockets and `publish.queue` hold
 CONFIG = """
-source: {{kind: synthetic, rate_hz: {rate}, width: 160, height: 128, singles: 3, groups: 2}}
-topology: {{unmix: {{replicas: 2}}}}
+source: {{kind: zmq_feed, endpoint: "ipc://{folder}/in", width: 160, height: 128}}
+sensor: {{full_scale: 16383, read_noise: 5}}
+topology: {{unmix: {{stages: [unmix], replicas: 2}}, back: {{stages: [report]}}}}
 unmix: {{threads: 1}}
-publish: {{endpoint: "ipc://{folder}/out", wait_for: 1}}
-supervisor: {{name: {name}, restarts: 10000, stall_s: 2}}
+publish: {{endpoint: "ipc://{folder}/out", wait_for: 1, queue: 100}}
+supervisor: {{name: {name}, restarts: 10000, within_s: 10, stall_s: 2}}
 swap: {{frames: 5, matched: 0, counted: 0, slower: 20, within_s: 10}}
-dead_letters: {{folder: "{folder}/letters"}}
+dead_letters: {{folder: "{folder}/letters", keep: 10000}}
+telemetry: {{metrics: "{metrics}"}}
 """
-DEAF = """
-import sys, time, zmq
-socket = zmq.Context().socket(zmq.SUB)
-socket.setsockopt(zmq.RCVHWM, 1)
-socket.setsockopt(zmq.SUBSCRIBE, b"targets.")
-socket.connect(sys.argv[1])
-time.sleep(5)
-"""
-
-
-def nodes_of(pid: int) -> list[int]:
-    """Processes of the nodes that run now."""
-    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    found = []
-    for child in listed:
-        try:
-            if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():
-                found.append(int(child))
-        except OSError:
-            continue  # it has just ended
-    return found
+ENGINES = ("off_grid_any.openvino", "off_grid_any")
 
 
 @dataclass
@@ -65,26 +59,64 @@ class Witness:
     """What a subscriber has seen of a run."""
 
     subscriber: Subscriber
-    outcomes: list[tuple[int, str]] = field(default_factory=list)  # seq, schema
+    outcomes: list[dict] = field(default_factory=list)  # what is of use here of targets and gaps
+    published: int = 0
     end: dict | None = None
     rejected: int = 0
+    given_up: bool = False
 
     def watch(self) -> None:
         """Listen to the end of the stream."""
-        while self.end is None:
+        while self.end is None and not self.given_up:
             message = self.subscriber.receive(1.0)
             if message is None:
                 continue
             if message["schema"] in ("irst.targets/1", "irst.gap/1"):
-                self.outcomes.append((message["frame_seq"], message["schema"]))
+                names = message.keys() & {"frame_seq", "stage", "age_ns"}
+                self.outcomes.append({name: message[name] for name in names})
+                self.published += message["schema"] == "irst.targets/1"
             elif message["schema"] == "irst.eos/1":
                 self.end = message
         self.rejected = self.subscriber.rejected
         self.subscriber.close()
 
     @property
-    def published(self) -> int:
-        return sum(schema == "irst.targets/1" for _, schema in list(self.outcomes))
+    def well(self) -> bool:
+        """The last WELL frames were all published, and, most of them, in time."""
+        last = self.outcomes[-WELL:]
+        ages_ns = sorted(message.get("age_ns", sys.maxsize) for message in last)
+        ages_ns += [sys.maxsize] * (WELL - len(last))
+        return ages_ns[-1] < sys.maxsize and ages_ns[WELL * 3 // 4] < NORMAL_AGE_NS
+
+
+class Deaf:
+    """A subscriber that reads one frame and no more."""
+
+    def __init__(self, process: subprocess.Popen[str], witness: Witness) -> None:
+        self._process, self._witness = process, witness
+        self._deaf_since: int | None = None  # frames published then
+        threading.Thread(target=self._has_come, daemon=True).start()
+
+    def _has_come(self) -> None:
+        if self._process.stdout.readline() == "1\n":
+            self._deaf_since = self._witness.published
+
+    @property
+    def long_enough(self) -> bool:
+        """True once more were published than fit in where they can wait."""
+        since = self._deaf_since
+        return since is not None and self._witness.published > since + DEAF_FRAMES
+
+    def hear(self) -> int:
+        """Let it read again, and end; how many frames it has missed."""
+        said, _ = self._process.communicate("\n", timeout=20)
+        had, missed = map(int, said.split())
+        assert had > 0, "it could read again"
+        return missed
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
 
 
 class Chaos:
@@ -94,18 +126,18 @@ class Chaos:
         self._rng = random.Random(seed)
         self._folder = folder
         self.done: Counter[str] = Counter()
-        self._deaf: list[subprocess.Popen[bytes]] = []
+        self._deaf: list[Deaf] = []
+        self.missed: list[int] = []  # by those that were deaf
+        self._died: set[str] = set()  # processes, by name, that the run had to start anew
         self._timers: list[threading.Timer] = []
+        self._engine = 0
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._metrics = f"127.0.0.1:{probe.getsockname()[1]}"
         self._config = folder / "config.yaml"
-        self._text = CONFIG.format(rate=rate_hz, folder=folder, name=folder.name)
-        self._config.write_text(self._text)
-        self._run = subprocess.Popen(
-            [str(BIN / "pipeline"), "run", "--config", str(self._config)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "TMPDIR": str(folder)},
-        )
+        self._text = CONFIG.format(folder=folder, name=folder.name, metrics=self._metrics)
+        self._config.write_text(f"{self._text}engine: {ENGINES[0]}\n")
+        self._run = self._actor("run", str(self._config), stderr=subprocess.PIPE)
         self._output: list[str] = []
         self._readers = [
             threading.Thread(target=self._read, args=(pipe,), daemon=True)
@@ -113,112 +145,289 @@ class Chaos:
         ]
         for reader in self._readers:
             reader.start()
+        self._camera = self._actor("camera", f"ipc://{folder}/in", str(rate_hz))
+        self._feed = zmq.Context.instance().socket(zmq.PUSH)
+        self._feed.linger = 0
+        self._feed.connect(f"ipc://{folder}/in")
         self.witness = Witness(Subscriber(f"ipc://{folder}/out"))
         self._watcher = threading.Thread(target=self.witness.watch, daemon=True)
         self._watcher.start()
 
+    def _actor(self, *words: str, **pipes: int) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, str(ACTORS), *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TMPDIR": str(self._folder), CHAOS: str(self._folder)},
+            **pipes,
+        )
+
     def _read(self, pipe) -> None:
         self._output.extend(pipe)
 
-    def wait_published(self, more: int, timeout_s: float = HEALTHY_S) -> float:
-        """Seconds until so many more frames were published."""
-        began, before = time.monotonic(), self.witness.published
-        while self.witness.published < before + more:
+    # --- waiting ---------------------------------------------------------------------------
+
+    def wait(self, condition, timeout_s: float = HEALTHY_S) -> float:
+        """Seconds until a condition holds."""
+        began = time.monotonic()
+        while not condition():
             assert self._run.poll() is None, "".join(self._output)
-            assert time.monotonic() < began + timeout_s, "no frames come: " + "".join(self._output)
-            time.sleep(0.05)
+            assert time.monotonic() < began + timeout_s, "in vain: " + "".join(self._output)
+            time.sleep(0.02)
         return time.monotonic() - began
 
+    def figures(self) -> Look:
+        return read_figures(self._metrics)
+
+    @property
+    def well(self) -> bool:
+        """Frames are published in time, none is lost, and all processes are ready."""
+        return self.witness.well and all(self.figures().values["irst_node_ready"].values())
+
+    # --- events ----------------------------------------------------------------------------
+
     def strike(self, seconds: float, events: int) -> None:
-        """So many random events, spread over the time."""
-        for _ in range(events):
-            event = self._rng.choice(
-                [self._kill, self._stop, self._deafen, self._corrupt, self._swap]
-            )
-            event()
-            self.done[event.__name__.strip("_")] += 1
-            time.sleep(self._rng.uniform(0.5, 1.5) * seconds / events)
+        """So many events, spread over the time, each kind as often as any other."""
+        kinds = [(self._kill, node) for node in NODES] + [(self._stop, node) for node in NODES]
+        kinds += [(self._deafen,), (self._feed_garbage,), (self._intrude,), (self._damage,)]
+        kinds += [(self._swap,)]
+        order: list[tuple] = []
+        while len(order) < events:
+            order += self._rng.sample(kinds, len(kinds))
+        next_s = time.monotonic()
+        for event, *words in order[:events]:
+            event(*words)
+            self.done[" ".join([event.__name__.strip("_"), *words])] += 1
+            next_s += self._rng.uniform(0.5, 1.5) * seconds / events
+            time.sleep(max(0.0, next_s - time.monotonic()))
 
-    def _any_node(self) -> int | None:
-        nodes = nodes_of(self._run.pid)
-        return self._rng.choice(nodes) if nodes else None
+    def _processes(self, node: str) -> dict[str, int]:
+        """Processes of a node that run now, by name; not those that are to take over from them."""
+        children = Path(f"/proc/{self._run.pid}/task/{self._run.pid}/children").read_text().split()
+        found: dict[str, int] = {}
+        for file in self._folder.glob(f"{node}.*#*.pid"):
+            pid = file.read_text()
+            if pid in children and _state(int(pid)) not in "ZX":
+                found[file.stem] = int(pid)
+        oldest = min(map(_generation, found), default=0)
+        return {name: pid for name, pid in found.items() if _generation(name) == oldest}
 
-    def _kill(self) -> None:
-        if (node := self._any_node()) is not None:
-            os.kill(node, signal.SIGKILL)
+    def _victim(self, node: str) -> tuple[str, int]:
+        """One of a node's processes, once there is one."""
+        self.wait(lambda: self._processes(node))
+        return self._rng.choice(sorted(self._processes(node).items()))
 
-    def _stop(self) -> None:
-        if (node := self._any_node()) is None:
-            return
-        os.kill(node, signal.SIGSTOP)
-        timer = threading.Timer(STOP_S, self._go_on, [node])
+    def _will_be_replaced(self, name: str) -> bool:
+        """True of a process that no other is about to take over from."""
+        files = self._folder.glob(f"{name.split('#')[0]}#*.pid")
+        return max(_generation(file.stem) for file in files) == _generation(name)
+
+    def _kill(self, node: str) -> None:
+        name, pid = self._victim(node)
+        if self._will_be_replaced(name):
+            self._died.add(name)
+        os.kill(pid, signal.SIGKILL)
+
+    def _stop(self, node: str) -> None:
+        name, pid = self._victim(node)
+        os.kill(pid, signal.SIGSTOP)
+        self.wait(lambda: _state(pid) in "TZX", 5.0)
+        timer = threading.Timer(self._rng.choice(STOPS_S), self._go_on, [name, pid])
         timer.start()
         self._timers.append(timer)
 
-    def _go_on(self, node: int) -> None:
-        if self._run.poll() is None and node in nodes_of(self._run.pid):
-            os.kill(node, signal.SIGCONT)
+    def _go_on(self, name: str, pid: int) -> None:
+        if _state(pid) == "T":
+            os.kill(pid, signal.SIGCONT)
+        elif self._will_be_replaced(name):
+            self._died.add(name)
 
     def _deafen(self) -> None:
-        words = [sys.executable, "-c", DEAF, f"ipc://{self._folder}/out"]
-        self._deaf.append(subprocess.Popen(words))
+        while len(self._deaf) > 1:
+            self._undeafen()
+        process = self._actor("deaf", f"ipc://{self._folder}/out")
+        self._deaf.append(Deaf(process, self.witness))
 
-    def _corrupt(self) -> None:
+    def _undeafen(self) -> None:
+        self.wait(lambda: self._deaf[0].long_enough)
+        self.missed.append(self._deaf.pop(0).hear())
+
+    def _feed_garbage(self) -> None:
+        """What is no frame, among the camera's."""
+        rng = self._rng
+        header = {
+            "schema": "irst.frame/1",
+            "seq": rng.randrange(1 << 40),
+            "t_exposure_ns": 0,
+            "dtype": "uint16",
+            "shape": [128, 160],
+        }
+        kinds = (
+            [rng.randbytes(rng.randrange(400))],
+            [rng.randbytes(200), rng.randbytes(128 * 160 * 2)],
+            [msgpack.packb(header), rng.randbytes(7)],
+            [b"\x91" * 10_000, b""],
+            [msgpack.packb(header | {"shape": [1 << 14, 1 << 14]}), b""],
+        )
+        for parts in rng.sample(kinds, 3):  # of more in a second not all are kept
+            self._feed.send_multipart(parts)
+
+    def _intrude(self) -> None:
+        """Strangers at the hub and at the subscribers' door."""
         hub = next(self._folder.glob("irst-*/hub"))
         for kind, path in ((zmq.DEALER, hub), (zmq.XSUB, self._folder / "out")):
-            socket = zmq.Context.instance().socket(kind)
-            socket.linger = 100
-            socket.connect(f"ipc://{path}")
-            socket.send_multipart([self._rng.randbytes(self._rng.randrange(400))])
-            socket.close()
+            stranger = zmq.Context.instance().socket(kind)
+            stranger.linger = 200
+            stranger.connect(f"ipc://{path}")
+            stranger.send_multipart([self._rng.randbytes(self._rng.randrange(1, 400))])
+            stranger.close()
+
+    def _damage(self) -> None:
+        """A node's next answer is no message; or not even a word, which is its end."""
+        kind = self._rng.choice([*DAMAGE, "word"])
+        wish = self._folder / f"{self._rng.choice(NODES)}.damage"
+        wish.with_suffix(".new").write_text(kind)
+        wish.with_suffix(".new").rename(wish)
 
     def _swap(self) -> None:
-        engine = self._rng.choice(["off_grid_any", "dista_net_field"])
-        self._config.write_text(f"{self._text}engine: {engine}\n")
+        self._engine = 1 - self._engine
+        self._config.write_text(f"{self._text}engine: {ENGINES[self._engine]}\n")
         self._run.send_signal(signal.SIGUSR1)
+
+    # --- the end ---------------------------------------------------------------------------
+
+    def settle(self) -> float:
+        """What is under way takes effect; returns seconds from the last fault to all being well."""
+        for timer in self._timers:
+            timer.join()
+        began = time.monotonic()
+        self.wait(lambda: self.well)
+        well_s = time.monotonic() - began
+        while self._deaf:
+            self._undeafen()
+        self.wait(lambda: not list(self._folder.glob("*.damage")))
+        while not self.figures().get("irst_swaps_total", "", "taken"):
+            before = self._swaps_decided()
+            self._swap()
+            self.wait(lambda before=before: self._swaps_decided() > before)
+        self.wait(lambda: self.well)
+        return well_s
+
+    def _swaps_decided(self) -> float:
+        return sum(self.figures().values["irst_swaps_total"].values())
+
+    def check_effects(self) -> dict[str, float]:
+        """Every kind of event has done something; returns how much."""
+        figures = self.figures()
+        letters = [read_letter(path) for path in DeadLetters.letters(self._folder / "letters")]
+        causes = Counter(_cause(letter["cause"]) for letter in letters)
+        effects = {
+            "killed or stopped too long": len(self._died),
+            "restarts": sum(figures.values["irst_restarts_total"].values()),
+            "missed by each of the deaf": min(self.missed),
+            "overflows": figures.get("irst_subscriber_overflows_total"),
+            "malformed": figures.get("irst_malformed_messages_total"),
+            **{f"dead letters {cause}": causes[cause] for cause in CAUSES},
+            "swaps taken": figures.get("irst_swaps_total", "", "taken"),
+            "swaps refused": figures.total("irst_swaps_total", ""),
+        }
+        assert all(self.done.values()), self.done
+        assert effects["restarts"] >= effects["killed or stopped too long"] > 0, effects
+        for name in effects.keys() - {"swaps refused"}:
+            assert effects[name] > 0, effects
+        assert effects["overflows"] >= max(self.missed), effects
+        assert len(letters) <= effects["malformed"], effects
+        return effects
 
     def finish(self) -> dict:
         """End the run; returns its totals after checking all that must hold."""
-        for timer in self._timers:
-            timer.join()
-        nodes = nodes_of(self._run.pid)
+        nodes = [pid for node in NODES for pid in self._processes(node).values()]
         self._run.send_signal(signal.SIGTERM)
         asked = time.monotonic()
         self._run.wait(30)
         took_s = time.monotonic() - asked
-        for reader in self._readers:
-            reader.join(10)
-        for pipe in (self._run.stdout, self._run.stderr):
-            pipe.close()
-        output = "".join(self._output)
         self._watcher.join(10)
-        for deaf in self._deaf:
-            deaf.wait(10)
+        output = self._close()
         assert self._run.returncode == 0, output
         assert "Traceback" not in output, output
         assert took_s < 5.0, f"it took {took_s:.1f} s to end"
-        end = self.witness.end
+        end, outcomes = self.witness.end, self.witness.outcomes
         assert end is not None, output
-        dropped = sum(entry["frames"] for entry in end["dropped"])
-        assert end["frames_in"] == end["published"] + dropped, end
-        seqs = [seq for seq, _ in self.witness.outcomes]
+        dropped = Counter()
+        for entry in end["dropped"]:
+            dropped[entry["stage"]] += entry["frames"]
+        assert end["frames_in"] == end["published"] + dropped.total(), end
+        assert re.search(rf"{end['frames_in']} in = {end['published']} published", output), output
+        seqs = [message["frame_seq"] for message in outcomes]
         assert seqs == list(range(end["frames_in"])), "each frame once, in order"
         assert self.witness.published == end["published"]
+        seen = Counter(message["stage"] for message in outcomes if "stage" in message)
+        assert seen == dropped, (seen, dropped)
         assert self.witness.rejected == 0
         assert not any(Path(f"/proc/{node}").exists() for node in nodes)
         assert not list(self._folder.glob("irst-*"))
         return end
 
+    def _close(self) -> str:
+        """End the others; what the run has said."""
+        self._feed.close()
+        self._camera.kill()
+        self._camera.communicate()
+        for deaf in self._deaf:
+            deaf.end()
+        for reader in self._readers:
+            reader.join(10)
+        for pipe in (self._run.stdin, self._run.stdout, self._run.stderr):
+            pipe.close()
+        return "".join(self._output)
 
-def run_chaos(seconds: float, events: int, seed: int) -> tuple[dict, Counter[str], float]:
-    """The whole of it: totals, events by kind, seconds the run took to be well again."""
+    def abandon(self) -> None:
+        """Leave nothing running after a failure."""
+        self.witness.given_up = True
+        self._watcher.join(10)
+        if self._run.poll() is None:
+            self._run.kill()
+            self._run.wait(10)
+            self._close()
+
+
+CAUSES = {
+    "over the feed": r"frame \d+ from the source: ",
+    "of a stranger": r"from a stranger",
+    "of a node": r"from node |frame \d+ at (node|the output)",
+}
+
+
+def _cause(text: str) -> str:
+    return next(name for name, pattern in CAUSES.items() if re.match(pattern, text))
+
+
+def _state(pid: int) -> str:
+    """R, S, D: it runs; T: it is stopped; Z, X: it is dead."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return "X"
+
+
+def _generation(name: str) -> int:
+    """Of a process's configuration, from e.g. `unmix.0#2.5`."""
+    return int(name.split("#")[1].split(".")[0])
+
+
+def run_chaos(seconds: float, events: int, seed: int) -> tuple[dict, dict, Counter[str], float]:
+    """The whole of it: totals, effects, events by kind, seconds the run took to be well again."""
     with tempfile.TemporaryDirectory(prefix="c") as folder:
         chaos = Chaos(Path(folder), seed)
-        chaos.wait_published(20, 60.0)
-        chaos.strike(seconds, events)
-        time.sleep(STOP_S)
-        well_s = chaos.wait_published(50)
-        return chaos.finish(), chaos.done, well_s
+        try:
+            chaos.wait(lambda: chaos.witness.published > WELL, 60.0)
+            chaos.strike(seconds, events)
+            well_s = chaos.settle()
+            effects = chaos.check_effects()
+            return chaos.finish(), effects, chaos.done, well_s
+        finally:
+            chaos.abandon()
 
 
 def main() -> None:
@@ -228,9 +437,9 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
-    end, done, well_s = run_chaos(given.seconds, given.events, given.seed)
+    end, effects, done, well_s = run_chaos(given.seconds, given.events, given.seed)
     print(json.dumps(end, indent=1))
-    print(f"events: {dict(done)}; 50 frames published {well_s:.1f} s after the last")
+    print(f"events: {dict(done)}\neffects: {effects}\nwell {well_s:.1f} s after the last")
 
 
 if __name__ == "__main__":

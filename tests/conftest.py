@@ -33,9 +33,11 @@ def command() -> Command:
     return run
 
 
-def assert_one_line_error(result: subprocess.CompletedProcess[str], *fragments: str) -> None:
+def assert_one_line_error(
+    result: subprocess.CompletedProcess[str], *fragments: str, exit_code: int = 2
+) -> None:
     """A user's mistake: exit code 2 and one line on standard error that names all fragments."""
-    assert result.returncode == 2, result.stderr
+    assert result.returncode == exit_code, result.stderr
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1, result.stderr
     for fragment in fragments:

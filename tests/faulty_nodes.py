@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.errors import PipelineError
-from pipeline.messages import Unmixed
+from pipeline.messages import Dropped, Unmixed
 from pipeline.runtime import node
 from pipeline.runtime.flow import Flow
 from pipeline.stages.detect import Detect
@@ -16,8 +16,25 @@ from pipeline.stages.unmix import Unmix
 
 FRAME = 3
 
+CHAOS = "IRST_TEST_CHAOS"
+"""Environment: the folder where `on_demand` says who it is and finds what to damage."""
+DAMAGE = {
+    "header": lambda parts: [b"\xc1", *parts[1:]],
+    "short": lambda parts: [*parts[:-1], bytes(parts[-1])[:-1]],
+    "fewer": lambda parts: parts[:1],
+    "more": lambda parts: [*parts, b"more"],
+}
+
+INHERITED = False
+"""Set by a test: what it is in a process tells whether that has its parent's memory."""
+
 SENT_S = 0.3
 """By then ZeroMQ's thread has sent what it was given: a killed process takes it along."""
+
+
+def numbers(batch):
+    """Of the frames that are done at once."""
+    return [work.message.info.seq for work in batch]
 
 
 def babbling(task):
@@ -50,15 +67,15 @@ def corrupting(task):
 
 def dying(task):
     """The unmix node dies on one frame, whenever it meets it; its earlier answers are sent."""
-    whole = Flow.process
+    whole = Flow.process_all
 
-    def process(self, message, trace, beside=None):
-        if task.node.name == "unmix" and message.info.seq == FRAME:
+    def process_all(self, batch):
+        if task.node.name == "unmix" and FRAME in numbers(batch):
             time.sleep(SENT_S)
             os.kill(os.getpid(), signal.SIGKILL)
-        return whole(self, message, trace, beside)
+        return whole(self, batch)
 
-    Flow.process = process
+    Flow.process_all = process_all
     node.run_node(task)
 
 
@@ -69,15 +86,15 @@ def dying_once(task):
 
 def hanging_once(task):
     """The first unmix node stops answering, and says that it is alive no more."""
-    whole = Flow.process
+    whole = Flow.process_all
 
-    def process(self, message, trace, beside=None):
-        if task.node.name == "unmix" and message.info.seq == FRAME:
+    def process_all(self, batch):
+        if task.node.name == "unmix" and FRAME in numbers(batch):
             time.sleep(600)
-        return whole(self, message, trace, beside)
+        return whole(self, batch)
 
     if task.identity.endswith(b".1"):
-        Flow.process = process
+        Flow.process_all = process_all
     node.run_node(task)
 
 
@@ -146,12 +163,58 @@ def as_its_detector_is_called(task):
 
 def dying_beside(task):
     """The node beside the flow dies on one frame, whenever it meets it."""
-    whole = Flow.process
+    whole = Flow.process_all
 
-    def process(self, message, trace, beside=None):
-        if task.node.beside and message.info.seq == FRAME:
+    def process_all(self, batch):
+        if task.node.beside and FRAME in numbers(batch):
             os.kill(os.getpid(), signal.SIGKILL)
-        return whole(self, message, trace, beside)
+        return whole(self, batch)
 
-    Flow.process = process
+    Flow.process_all = process_all
+    node.run_node(task)
+
+
+def mute_once(task):
+    """The first unmix node says that it is alive, and never what became of one frame."""
+    whole = node._send
+
+    def send(socket, message, trace):
+        if task.node.name == "unmix" and message.info.seq == FRAME:
+            return True
+        return whole(socket, message, trace)
+
+    if task.identity.endswith(b".1"):
+        node._send = send
+    node.run_node(task)
+
+
+def on_demand(task):
+    """Says which process it is; damages its next answer in the way a file asks for, or babbles."""
+    folder = Path(os.environ[CHAOS])
+    (folder / f"{task.identity.decode()}.pid").write_text(str(os.getpid()))
+    wish = folder / f"{task.node.name}.damage"
+    whole = node._send
+
+    def send(socket, message, trace):
+        if isinstance(message, Dropped) or not wish.exists():
+            return whole(socket, message, trace)
+        try:
+            kind = wish.read_text()
+            wish.unlink()
+        except FileNotFoundError:  # another replica was quicker
+            return whole(socket, message, trace)
+        if kind == "word":
+            socket._socket.send(b"no word at all")
+        else:
+            parts = DAMAGE[kind](node._encoded(message, trace))
+            socket.send(node.Word("result", message.info.seq, t_ns=trace.t_ingest_ns), parts)
+        return True
+
+    node._send = send
+    node.run_node(task)
+
+
+def spawned(task):
+    """Runs only in a process that has nothing of its parent's memory: no sockets, no locks."""
+    assert not INHERITED, "this process was forked"
     node.run_node(task)

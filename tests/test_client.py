@@ -1,12 +1,15 @@
 """What a subscriber is told, beside the messages: what it missed, and what it cannot read."""
 
+import subprocess
 import time
 
 import pytest
+from conftest import BIN
 
 from pipeline.client import Subscriber
 from pipeline.errors import RunError
 from pipeline.transport.publish import Publisher
+from pipeline.transport.security import make_keys
 
 
 @pytest.fixture
@@ -84,3 +87,26 @@ def test_a_version_that_is_not_known_is_refused_and_said_once(publisher, endpoin
     assert caplog.text.count("refused") == 1
     assert "irst.targets/2" in caplog.text
     subscriber.close()
+
+
+def test_silence_is_said_once_and_so_is_its_end(endpoint, tmp_path):
+    make_keys(tmp_path / "keys", "tracker")
+    keys = tmp_path / "keys" / "tracker"
+    words = [str(BIN / "pipeline"), "subscribe", endpoint]
+    plain, keyed = (
+        subprocess.Popen([*words, *more], stderr=subprocess.PIPE, text=True)
+        for more in ((), ("--keys", str(keys)))
+    )
+    for process, hint in ((plain, "does it want keys?"), (keyed, f"{keys} on its list?")):
+        line = process.stderr.readline()
+        assert line.startswith(f"nothing from {endpoint} for 5 s: is the run up,")
+        assert line.endswith(f"{hint}\n")
+    publisher = Publisher([endpoint], "roof", 100, lossless=False)
+    send(publisher, START, end(0))
+    _, told = plain.communicate(timeout=30)
+    assert plain.returncode == 0
+    assert told.startswith(f"{endpoint} is back after ") and told.count("\n") == 1
+    time.sleep(1.0)
+    publisher.close()
+    keyed.terminate()
+    assert keyed.communicate(timeout=30)[1] == "", "with keys nobody talks to a plain run"

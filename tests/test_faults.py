@@ -3,14 +3,16 @@
 import json
 
 import faulty_nodes
+import msgpack
 import pytest
 from conftest import assert_one_line_error
 
 from pipeline.config import load_config, open_source
 from pipeline.runtime import replay
-from pipeline.runtime.dead_letters import DeadLetters, replay_letter
+from pipeline.runtime.dead_letters import LETTERS_PER_S, DeadLetters, read_letter, replay_letter
 from pipeline.runtime.settings import DeadLetterSettings
 from pipeline.runtime.supervisor import Supervisor
+from pipeline.transport.hub import Word
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def played(config):
     source = open_source(config)
     with Supervisor(config, "replay", source.sensor, source.shape) as supervisor:
         messages = [message for message, _ in supervisor.messages()]
-        restarts = supervisor._children.restarts
+        restarts = supervisor._children.restarts.total()
     source.close()
     numbers = [message["frame_seq"] for message in messages if "frame_seq" in message]
     assert numbers == list(range(12))
@@ -48,7 +50,9 @@ def targets(messages):
     return [{k: v for k, v in message.items() if k not in timing} for message in found]
 
 
-@pytest.mark.parametrize("entry", [faulty_nodes.dying_once, faulty_nodes.hanging_once])
+@pytest.mark.parametrize(
+    "entry", [faulty_nodes.dying_once, faulty_nodes.hanging_once, faulty_nodes.mute_once]
+)
 def test_a_node_that_dies_or_hangs_costs_no_frame(config, entry, monkeypatch):
     monkeypatch.setattr("pipeline.runtime.supervisor.run_node", entry)
     messages, restarts = played(config)
@@ -57,6 +61,28 @@ def test_a_node_that_dies_or_hangs_costs_no_frame(config, entry, monkeypatch):
     source = open_source(config)
     expected = [message for message, _ in replay.in_process(config, source)]
     assert targets(messages) == targets(expected)
+
+
+def test_live_too_a_worker_that_never_answers_a_frame_given_up_long_ago_is_replaced(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("pipeline.runtime.supervisor.run_node", faulty_nodes.mute_once)
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "source: {kind: synthetic, rate_hz: 20, frames: 80, width: 160, height: 128, groups: 2}\n"
+        "supervisor: {stall_s: 2, max_age_ms: 500}\n"
+        "publish: {heartbeat_s: 3600}\n"
+    )
+    config = load_config(file)
+    source = open_source(config)
+    with Supervisor(config, "live", source.sensor, source.shape) as supervisor:
+        messages = [message for message, _ in supervisor.messages()]
+        assert supervisor._children.restarts == {"unmix.0": 1}
+    numbers = [message["frame_seq"] for message in messages if "frame_seq" in message]
+    assert numbers == list(range(80))
+    given_up = {gap["frame_seq"]: gap["reason"] for gap in gaps(messages)}
+    assert given_up[3] == "older than 500 ms"
+    assert messages[-1]["published"] > 20
 
 
 @pytest.mark.parametrize("entry", [faulty_nodes.dying, faulty_nodes.babbling])
@@ -109,16 +135,92 @@ def test_a_malformed_message_costs_its_frame_and_is_kept(
         assert "still malformed: header" in lines[-1]
 
 
-def test_the_folder_of_dead_letters_stays_small(tmp_path):
-    letters = DeadLetters(DeadLetterSettings(folder=tmp_path / "letters", keep=3), "cafe")
+@pytest.fixture
+def letters(tmp_path, monkeypatch):
+    """A folder for three letters and 2 MB, that takes as many a second as there are."""
+    monkeypatch.setattr("pipeline.runtime.dead_letters.LETTERS_PER_S", 1000)
+    folder = tmp_path / "letters"
+    return DeadLetters(DeadLetterSettings(folder=folder, keep=3, keep_mb=2), "cafe"), folder
+
+
+def test_the_folder_of_dead_letters_stays_small(letters):
+    letters, folder = letters
     for number in range(10):
         letters.keep([b"x" * 10], f"cause {number}")
-    kept = DeadLetters.letters(tmp_path / "letters")
-    assert len(kept) == 3
+    kept = DeadLetters.letters(folder)
+    assert [read_letter(path)["cause"] for path in kept] == ["cause 7", "cause 8", "cause 9"]
     assert letters.count == 10
     assert "still malformed" in replay_letter(kept[0])
-    letters.keep([b"x" * (1 << 25)], "enormous")
-    assert sum(path.stat().st_size for path in tmp_path.rglob("*.letter")) < 1000
+    for _ in range(3):
+        letters.keep([b"x" * (1 << 25)], "enormous", "frame")
+    kept = DeadLetters.letters(folder)
+    assert sum(path.stat().st_size for path in kept) < 2e6
+    assert "(it was cut when it was kept)" in replay_letter(kept[-1])
+
+
+def test_a_flood_is_counted_and_a_few_of_it_kept(tmp_path):
+    letters = DeadLetters(DeadLetterSettings(folder=tmp_path), "cafe")
+    for _ in range(1000):
+        letters.keep([b"x"], "again", count=2)
+    assert letters.count == 2000
+    assert LETTERS_PER_S <= len(DeadLetters.letters(tmp_path)) <= 3 * LETTERS_PER_S
+
+
+def test_what_a_killed_run_left_half_written_goes_with_the_next_letter(letters):
+    letters, folder = letters
+    (folder / f"{5:020d}.new").write_bytes(b"half a letter")
+    (folder / "notes.new").write_text("somebody's own")
+    letters.keep([b"x"], "cause")
+    names = {path.name for path in folder.iterdir()}
+    assert len(names) == 2 and "notes.new" in names
+
+
+FRAME = [
+    msgpack.packb(
+        {"schema": "irst.frame/1", "seq": 8, "t_exposure_ns": 1, "dtype": "uint8", "shape": [1, 3]}
+    ),
+    b"abc",
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts", "said"),
+    [
+        ("frame", FRAME, "reads as frame 8, 3×1 uint8"),
+        ("frame", [FRAME[0], b"ab"], "still malformed: 3×1 uint8 needs 3 bytes, not 2"),
+        ("frame", [], "still malformed: 0 parts; send two"),
+        ("word", [Word("result", 4).pack()], "reads as the word `result` of frame 4"),
+        ("word", [b"rubbish"], "still malformed: word"),
+        ("word", [], "still malformed: word"),
+        ("message", [], "still malformed: header"),
+        ("message", [b""] * 100, "still malformed: header"),
+    ],
+)
+def test_each_letter_is_read_as_what_it_should_have_been(letters, kind, parts, said, command):
+    letters, folder = letters
+    letters.keep(parts, "cause", kind)
+    result = command("pipeline", "replay-dead-letter", *DeadLetters.letters(folder))
+    assert result.stderr == ""
+    assert f".letter: cause: {said}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parts": [1, None]},
+        {"parts": [b"x"] * 65},
+        {"parts": "x"},
+        {"kind": "novel"},
+        {"kind": None},
+        {"cause": b"x"},
+        {"more": 1},
+    ],
+)
+def test_letters_that_somebody_has_changed_are_refused_in_one_line(tmp_path, changes, command):
+    letter = {"cause": "c", "config": "c", "t_utc_ns": 1, "kind": "word", "parts": [b"x"]}
+    file = tmp_path / "1.letter"
+    file.write_bytes(msgpack.packb(letter | changes))
+    assert_one_line_error(command("pipeline", "replay-dead-letter", file), "not a dead letter")
 
 
 def test_what_is_no_dead_letter_is_named(command, tmp_path):

@@ -17,7 +17,7 @@ from numpy.testing import assert_array_equal
 
 from pipeline.client import Subscriber
 from pipeline.component import component
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, Unavailable
 from pipeline.imaging.pixel_formats import BITS, payload_bytes, unpack
 from pipeline.messages import Dropped, Frame
 
@@ -233,6 +233,8 @@ def test_what_the_camera_refuses_is_one_line(config, message):
     with fake_camera(), pytest.raises(PipelineError, match=message) as error:
         build(**config)
     assert "\n" not in str(error.value)
+    away = config.get("camera") is not None
+    assert isinstance(error.value, Unavailable) == away, "to try again helps against that only"
 
 
 @needs_camera

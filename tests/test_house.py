@@ -4,6 +4,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -15,7 +16,6 @@ from typer.testing import CliRunner
 
 from pipeline.component import available
 from pipeline.config import load_config
-from pipeline.live import DEFAULT_METRICS
 from pipeline.runtime.telemetry import Telemetry
 
 ROOT = Path(__file__).parents[1]
@@ -111,22 +111,30 @@ def test_the_service_runs_a_valid_configuration_and_never_retries_a_wrong_one():
     unit = (ROOT / "deploy" / "irst-pipeline@.service").read_text()
     config = ROOT / "configs" / "service.yaml"
     assert load_config(config).publish.endpoint.startswith("ipc:///run/irst/")
-    for line in ("ExecStartPre", "ExecStart"):
-        (words,) = re.findall(rf"^{line}=/opt/irst/bin/pipeline (.*)$", unit, re.MULTILINE)
-        assert words.endswith("--config /etc/irst/%i.yaml")
-    assert "RestartPreventExitStatus=2" in unit
+    (words,) = re.findall(r"^ExecStart=/opt/irst/bin/pipeline (.*)$", unit, re.MULTILINE)
+    assert words == "run --config /etc/irst/%i.yaml"
+    assert "ExecStartPre" not in unit, "what it finds missing would not be tried again as wanted"
+    for line in ("Restart=on-failure", "RestartPreventExitStatus=2", "StartLimitIntervalSec=0"):
+        assert f"\n{line}\n" in unit
+    for line in ("Type=notify", "WatchdogSec=10", "Wants=network-online.target"):
+        assert f"\n{line}\n" in unit
+    (after,) = re.findall(r"^After=(.*)$", unit, re.MULTILINE)
+    assert "network-online.target" in after.split()
     assert "RuntimeDirectory=irst\n" in unit
     assert "StateDirectory=irst\n" in unit
     assert "CacheDirectory=irst\n" in unit and "NUMBA_CACHE_DIR=/var/cache/irst/" in unit
     assert str(load_config(config).dead_letters.folder).startswith("/var/lib/irst/")
 
 
-def test_the_container_is_healthy_while_its_figures_are_there():
-    compose = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
-    pipeline = compose["services"]["pipeline"]
-    assert pipeline["healthcheck"]["test"] == ["CMD", "pipeline", "watch", "--count", "1"]
-    config = load_config(ROOT / "configs" / Path(pipeline["command"][2]).name)
-    assert config.telemetry.metrics == DEFAULT_METRICS
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd here")
+def test_systemd_can_read_the_service(tmp_path):
+    unit = (ROOT / "deploy" / "irst-pipeline@.service").read_text()
+    program = f"ExecStart={sys.executable} "  # it looks whether the program is there
+    file = tmp_path / "irst-pipeline@service.service"
+    file.write_text(re.sub(r"^ExecStart=\S+ ", program, unit, flags=re.MULTILINE))
+    words = ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(file)]
+    result = subprocess.run(words, capture_output=True, text=True)
+    assert file.name not in result.stderr, result.stderr
 
 
 def test_containers_that_are_read_only_have_a_place_for_what_is_compiled():

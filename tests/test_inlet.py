@@ -3,14 +3,14 @@
 import os
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from pipeline.component import Source
-from pipeline.messages import Dropped, Frame, FrameInfo
-from pipeline.runtime.inlet import Inlet, Overrun, Shed, Taken
+from pipeline.errors import PipelineError, Unavailable
+from pipeline.messages import Dropped, Frame, FrameInfo, Malformed
+from pipeline.runtime.inlet import Inlet, Intake, Overrun, Shed, Taken
 
 
 class Quick(Source):
@@ -43,10 +43,12 @@ def wake():
 
 
 def make(source, wake, queue=3, overflow="drop-oldest", max_age_ns=None, taken=0):
-    counter = SimpleNamespace(value=taken)
-    inlet = Inlet(source, queue, overflow=overflow, max_age_ns=max_age_ns, taken=counter, wake=wake)
+    intake = Intake(taken=taken)
+    inlet = Inlet(
+        lambda: source, queue, overflow=overflow, max_age_ns=max_age_ns, intake=intake, wake=wake
+    )
     inlet.open()
-    return inlet, counter
+    return inlet, intake
 
 
 def everything(inlet):
@@ -61,12 +63,12 @@ def everything(inlet):
 
 def test_the_oldest_are_shed_as_one_range_and_the_newest_kept(wake):
     source = Quick(1000)
-    inlet, counter = make(source, wake)
+    inlet, intake = make(source, wake)
     assert source.given.wait(20)
     items = everything(inlet)
     assert items[0] == Shed(0, 997, "overload: oldest frame shed")
     assert [item.frame.info.seq for item in items[1:]] == [997, 998, 999]
-    assert counter.value == 1000
+    assert intake.taken == 1000
 
 
 def test_a_source_that_is_held_back_loses_nothing(wake):
@@ -92,9 +94,9 @@ def test_frames_that_have_waited_too_long_are_shed(wake):
 
 
 def test_numbers_go_on_where_a_front_before_this_one_left_off(wake):
-    inlet, counter = make(Quick(3), wake, overflow="block", taken=40)
+    inlet, intake = make(Quick(3), wake, overflow="block", taken=40)
     assert [item.frame.info.seq for item in everything(inlet)] == [40, 41, 42]
-    assert counter.value == 43
+    assert intake.taken == 43
 
 
 def test_a_run_that_must_not_shed_fails_instead(wake):
@@ -140,7 +142,7 @@ class Gapped(Quick):
 @pytest.mark.parametrize("overflow", ["block", "drop-oldest"])
 def test_what_the_source_lost_keeps_its_place_and_reason(wake, overflow):
     source = Gapped(9)
-    inlet, counter = make(source, wake, queue=3, overflow=overflow, taken=40)
+    inlet, intake = make(source, wake, queue=3, overflow=overflow, taken=40)
     if overflow == "drop-oldest":
         assert source.given.wait(20)
     items = everything(inlet)
@@ -152,4 +154,124 @@ def test_what_the_source_lost_keeps_its_place_and_reason(wake, overflow):
     else:
         losses = [(40, 41, shed), (41, 42, missing), (42, 44, shed), (44, 45, missing)]
         assert told == [*losses, (45, 46, shed), *late]
-    assert counter.value == 49
+    assert intake.taken == 49
+
+
+# --- a source that fails -------------------------------------------------------------------------
+
+
+def reader(open_source, wake, monkeypatch, *, live=True, taken=0):
+    monkeypatch.setattr("pipeline.runtime.inlet.FIRST_RETRY_S", 0.01)
+    inlet = Inlet(
+        open_source, 100, overflow="block", max_age_ns=10**12 if live else None,
+        intake=Intake(taken=taken), wake=wake,
+    )  # fmt: skip
+    inlet.open()
+    return inlet
+
+
+def one_after_another(*sources):
+    """Opens the next each time; an error is raised in its place."""
+    left = iter(sources)
+
+    def open_source():
+        if isinstance(found := next(left), Exception):
+            raise found
+        return found
+
+    return open_source
+
+
+def test_a_source_that_is_away_is_opened_until_it_is_there_and_numbers_go_on(
+    wake, monkeypatch, caplog
+):
+    away = Unavailable("camera x: no answer")
+    found = one_after_another(away, away, Quick(2, OSError("unplugged")), away, Quick(3))
+    inlet = reader(found, wake, monkeypatch, taken=7)
+    assert [item.frame.info.seq for item in everything(inlet)] == [7, 8, 9, 10, 11]
+    assert inlet.failure is None
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        "source: camera x: no answer; it is opened again in 0.01 s",
+        "source: camera x: no answer; it is opened again in 0.02 s",
+        "source: OSError: unplugged; it is opened again in 0.01 s",
+        "source: camera x: no answer; it is opened again in 0.02 s",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("failure", "live", "taken"),
+    [
+        (PipelineError("no such format"), True, 0),
+        (Unavailable("away"), False, 0),
+        (OSError("unplugged"), False, 5),
+    ],
+)
+def test_what_is_wrong_from_the_start_or_fails_in_replay_is_final(
+    wake, monkeypatch, failure, live, taken
+):
+    inlet = reader(one_after_another(failure), wake, monkeypatch, live=live, taken=taken)
+    assert everything(inlet) == []
+    assert inlet.failure is failure
+
+
+def test_what_was_right_once_is_tried_again_whatever_it_says(wake, monkeypatch):
+    found = one_after_another(PipelineError("no such format"), Quick(1))
+    inlet = reader(found, wake, monkeypatch, taken=1)
+    assert [item.frame.info.seq for item in everything(inlet)] == [1]
+
+
+def test_an_inlet_that_waits_for_its_source_stops_at_once(wake, monkeypatch):
+    monkeypatch.setattr("pipeline.runtime.inlet.FIRST_RETRY_S", 60.0)
+    tried = threading.Event()
+
+    def open_source():
+        tried.set()
+        raise Unavailable("away")
+
+    inlet = Inlet(
+        open_source, 3, overflow="drop-oldest", max_age_ns=10**9, intake=Intake(), wake=wake
+    )
+    inlet.open()
+    assert tried.wait(20)
+    began = time.monotonic()
+    inlet.close()
+    assert time.monotonic() - began < 5.0
+    assert inlet.ended
+
+
+# --- what is no frame ----------------------------------------------------------------------------
+
+
+class Garbled(Quick):
+    """Frames, and between them what is none: of some the bytes, of others only that it was."""
+
+    def frames(self):
+        for frame in super().frames():
+            seq = frame.info.seq
+            if seq % 5 == 0:
+                yield frame
+            else:
+                yield Malformed(seq, "source", "feed: no header", (b"x",) if seq % 5 == 3 else ())
+
+
+def test_what_was_malformed_is_told_as_such_with_its_bytes(wake):
+    source = Garbled(10)
+    inlet, _ = make(source, wake, queue=20)
+    assert source.given.wait(20)
+    shed = [item for item in everything(inlet) if isinstance(item, Shed)]
+    assert [(one.first, one.end, one.parts) for one in shed] == [
+        (1, 3, ()), (3, 5, (b"x",)), (6, 8, ()), (8, 10, (b"x",)),
+    ]  # fmt: skip
+    assert all(one.malformed for one in shed)
+
+
+def test_how_many_wait_is_seen_from_outside(wake):
+    source = Quick(10)
+    inlet, intake = make(source, wake, queue=4)
+    assert source.given.wait(20)
+    seen = [intake.waiting]
+    while not inlet.ended:
+        inlet.take(granted=True)
+        seen.append(intake.waiting)
+    assert seen == [4, 4, 3, 2, 1, 0]

@@ -328,7 +328,7 @@ def test_a_port_in_use(command, scene_recording):
         taken.listen()
         endpoint = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
         result = command("pipeline", "replay", scene_recording, "--publish", endpoint)
-    assert_one_line_error(result, endpoint, "already in use")
+    assert_one_line_error(result, endpoint, "already in use", exit_code=1)
 
 
 def test_a_rate_that_is_no_number(command, scene_recording):

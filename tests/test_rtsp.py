@@ -12,7 +12,7 @@ import pytest
 from numpy.testing import assert_array_equal
 from test_sources import CLIPS, build, write_video
 
-from pipeline.errors import PipelineError
+from pipeline.errors import Unavailable
 from pipeline.messages import Dropped, Frame
 
 PYTHON = "/usr/bin/python3"
@@ -101,7 +101,7 @@ def test_a_wrong_address_is_one_line(capfd):
         nobody = f"rtsp://127.0.0.1:{unused.getsockname()[1]}/clip"
         with served("/clip", H264) as (_, address):
             for wrong in (f"{address}/other", nobody):
-                with pytest.raises(PipelineError, match=f"^{wrong}: no video comes") as error:
+                with pytest.raises(Unavailable, match=f"^{wrong}: no video comes") as error:
                     build("video_stream", address=wrong)
                 assert "\n" not in str(error.value)
     assert capfd.readouterr().err == ""

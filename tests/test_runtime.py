@@ -17,6 +17,7 @@ from conftest import BIN
 
 from pipeline.client import Subscriber
 from pipeline.component import Stage
+from pipeline.config import load_config
 from pipeline.messages import Dropped, Frame, FrameInfo, Trace
 from pipeline.physics.sensor import Sensor
 from pipeline.runtime.flow import Flow
@@ -88,15 +89,16 @@ def totals(stdout: str) -> tuple[int, int, int]:
     return frames_in, published, dropped
 
 
-def first_status(process: subprocess.Popen[str]) -> list[str]:
-    """Lines up to the first that tells of published frames."""
-    lines = []
-    assert process.stdout
-    while not re.match(r"[1-9]\d*\.\d frames/s", lines[-1] if lines else ""):
-        line = process.stdout.readline()
-        assert line, process.communicate()
-        lines.append(line)
-    return lines
+def first_status(process: subprocess.Popen[str]) -> None:
+    """Return once the run publishes targets."""
+    assert isinstance(process.args, list)
+    subscriber = Subscriber(load_config(Path(process.args[-1])).publish.endpoint)
+    with contextlib.closing(subscriber):
+        schema = ""
+        while schema != "irst.targets/1":
+            assert process.poll() is None, process.communicate()
+            message = subscriber.receive(0.5)
+            schema = message["schema"] if message else ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -348,26 +350,6 @@ def test_a_live_run_tells_its_figures(run_dir, command):
     assert look.get("irst_node_memory_bytes", "unmix.0") > 1e7
     process.send_signal(signal.SIGTERM)
     heard(process)
-
-
-def test_check_names_what_the_run_would_stumble_over(run_dir):
-    config = SCENE.format(rate=20, folder=run_dir)
-    for more, fragment in (
-        ("topology: {unmix: {cores: [4000]}}", "no core 4000"),
-        (f"dead_letters: {{folder: {run_dir}/config.yaml/x}}", "dead_letters.folder"),
-    ):
-        process = start(run_dir, f"{config}{more}\n", "check")
-        _, stderr = process.communicate(timeout=60)
-        assert process.returncode == 2
-        assert fragment in stderr
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        process = start(run_dir, f"{config}telemetry: {{metrics: '{address}'}}\n", "check")
-        stdout, _ = process.communicate(timeout=60)
-        assert process.returncode == 0
-        assert f"note: telemetry.metrics {address}: cannot listen there" in stdout
 
 
 def engines_of(subscriber: Subscriber, until: Callable[[set[str]], bool]) -> list[dict]:

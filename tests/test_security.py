@@ -1,16 +1,18 @@
 """Nobody is let in without a key on the list; real sockets, real processes."""
 
+import socket
 import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import zmq
 from conftest import assert_one_line_error
 
 from pipeline.config import load_config
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, Unavailable
 from pipeline.transport.publish import Publisher, SubscriberSocket
 from pipeline.transport.security import ClientKeys, ServerKeys, make_keys
 
@@ -21,6 +23,50 @@ ADDRESS = "tcp://127.0.0.2"
 def keys(tmp_path):
     make_keys(tmp_path / "keys", "tracker")
     return tmp_path / "keys"
+
+
+IPV6 = pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="no IPv6 here")
+
+
+@IPV6
+@pytest.mark.parametrize("address", ["[::1]", "[::]"])
+def test_a_client_on_the_list_gets_the_stream_over_ipv6(keys, address):
+    with socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        port = probe.getsockname()[1]
+    settings = {"endpoint": f"tcp://{address}:{port}", "keys": str(keys / "server")}
+    endpoint = load_config(None, publish=settings).publish.endpoint
+    publisher = Publisher(
+        [endpoint], "roof", 10, lossless=False, keys=ServerKeys.load(keys / "server")
+    )
+    client = ClientKeys.load(keys / "tracker")
+    subscriber = SubscriberSocket(f"tcp://[::1]:{port}", keys=client)
+    assert gets_anything(publisher, subscriber, 10.0)
+    subscriber.close()
+    publisher.close()
+
+
+@IPV6
+def test_loopback_is_open_over_ipv6_too():
+    assert load_config(None, publish={"endpoint": "tcp://[::1]:5556"}).publish.keys is None
+    publisher = Publisher(["tcp://[::1]:*"], "roof", 10, lossless=False)
+    subscriber = SubscriberSocket(endpoint_of(publisher))
+    assert gets_anything(publisher, subscriber, 10.0)
+    subscriber.close()
+    publisher.close()
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://192.0.2.1:5556", "tcp://[2001:db8::1]:5556"])
+def test_an_address_this_machine_does_not_have_may_come_yet(keys, endpoint):
+    server = ServerKeys.load(keys / "server")
+    with pytest.raises(Unavailable, match="this machine has no such address now"):
+        Publisher([endpoint], "roof", 10, lossless=False, keys=server)
+
+
+def test_names_are_those_of_this_machine():
+    Publisher(["tcp://localhost:*"], "roof", 10, lossless=False).close()
+    with pytest.raises(Unavailable, match="this machine has no such address now"):
+        Publisher(["tcp://no-such-host:*"], "roof", 10, lossless=False)
 
 
 @pytest.fixture
@@ -59,6 +105,7 @@ def test_a_client_without_a_key_gets_nothing(publisher):
     subscriber = SubscriberSocket(endpoint_of(publisher))
     assert not gets_anything(publisher, subscriber)
     assert publisher.subscribers == 0
+    assert publisher.refused > 0
     subscriber.close()
 
 
@@ -67,6 +114,7 @@ def test_a_client_that_is_not_on_the_list_gets_nothing(publisher, keys):
     stranger = ClientKeys(public, secret, ClientKeys.load(keys / "tracker").server)
     subscriber = SubscriberSocket(endpoint_of(publisher), keys=stranger)
     assert not gets_anything(publisher, subscriber)
+    assert publisher.refused > 0
     subscriber.close()
 
 
@@ -78,12 +126,30 @@ def test_a_client_that_trusts_another_pipeline_gets_nothing(publisher, keys, tmp
         endpoint_of(publisher), keys=ClientKeys(own.public, own.secret, elsewhere.server)
     )
     assert not gets_anything(publisher, subscriber)
+    assert publisher.refused > 0
     subscriber.close()
 
 
-def test_a_plain_socket_gets_nothing_and_harms_nobody(publisher, keys):
-    import socket
+def test_refusals_are_counted_for_the_metrics_and_said_once_a_minute(publisher, keys, caplog):
+    good = SubscriberSocket(endpoint_of(publisher), keys=ClientKeys.load(keys / "tracker"))
+    assert gets_anything(publisher, good, 10.0)
+    assert publisher.refused == 0
+    public, secret = zmq.curve_keypair()
+    server = ClientKeys.load(keys / "tracker").server
+    for _ in range(3):
+        stranger = SubscriberSocket(endpoint_of(publisher), keys=ClientKeys(public, secret, server))
+        before, until = publisher.refused, time.monotonic() + 20
+        while publisher.refused == before:
+            publisher.listen(20)
+            assert time.monotonic() < until
+        stranger.close()
+    assert publisher.refused >= 3
+    (line,) = caplog.messages
+    assert "its key is not on the list" in line
+    good.close()
 
+
+def test_a_plain_socket_gets_nothing_and_harms_nobody(publisher, keys):
     host, port = endpoint_of(publisher).removeprefix("tcp://").split(":")
     good = SubscriberSocket(endpoint_of(publisher), keys=ClientKeys.load(keys / "tracker"))
     with socket.create_connection((host, int(port)), timeout=5) as plain:
@@ -150,6 +216,34 @@ def test_a_secret_that_others_can_read_is_refused(keys):
     (keys / "server" / "server.key_secret").chmod(0o644)
     with pytest.raises(PipelineError, match="chmod 600"):
         ServerKeys.load(keys / "server")
+
+
+@pytest.mark.parametrize("where", ["", "clients", "clients/tracker.key"])
+def test_a_list_that_others_can_write_is_refused(keys, where):
+    path = keys / "server" / where
+    path.chmod(path.stat().st_mode | 0o020)
+    with pytest.raises(PipelineError, match=f"{path}: others can write .*chmod go-w"):
+        ServerKeys.load(keys / "server")
+
+
+def tree(folder):
+    return sorted(str(path) for path in folder.rglob("*"))
+
+
+def test_keys_that_cannot_be_made_leave_nothing(keys, tmp_path):
+    secret = keys / "server" / "server.key_secret"
+    secret.chmod(0o644)
+    before = tree(keys)
+    with pytest.raises(PipelineError, match=f"chmod 600 {secret}"):
+        make_keys(keys, "display")
+    assert tree(keys) == before
+    secret.chmod(0o600)
+    make_keys(keys, "display")
+    (keys / "tracker").rename(tmp_path / "at the client")
+    before = tree(keys)
+    with pytest.raises(PipelineError, match=r"tracker\.key: exists already"):
+        make_keys(keys, "tracker")
+    assert tree(keys) == before
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", 'public-key = "short"\nsecret-key = "x"\n'])

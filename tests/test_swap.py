@@ -91,7 +91,7 @@ def run(config: PipelineConfig, asked: list[PipelineConfig]):
                     requested += 1
                 else:
                     supervisor.stop()
-        return messages, outcomes()
+        return messages, +outcomes()  # without those there were none of
 
 
 def assert_nothing_lost(messages) -> None:

@@ -1,19 +1,22 @@
 """What a run tells of itself: figures, logs, and the view of both in a terminal."""
 
+import contextlib
 import json
 import logging
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 from conftest import assert_one_line_error
 
 from pipeline.runtime.children import BackOff
-from pipeline.runtime.logs import BURST, JsonLine, OneLine, RateLimit
+from pipeline.runtime.logs import BURST, JsonLine, OneLine
 from pipeline.runtime.telemetry import Telemetry
+from pipeline.runtime.topology import TOPOLOGY, running
 from pipeline.transport.sockets import AddressInUse
-from pipeline.watch import quantile_s, read_figures
+from pipeline.watch import look_at, quantile_s, read_figures
 
 
 def free_port() -> int:
@@ -58,6 +61,28 @@ def test_figures_are_served_read_and_named_as_prometheus_wants_them():
         assert not name.endswith(("_ms", "_ns"))
 
 
+def test_every_series_is_there_before_the_first_loss():
+    telemetry = Telemetry()
+    telemetry.expect(running(TOPOLOGY))
+    look = look_at(telemetry.registry)
+    stages = {stage for outcome, stage in look.values["irst_frames_total"] if outcome == "dropped"}
+    assert stages >= {
+        "source",
+        "front",
+        "detect",
+        "crop",
+        "unmix",
+        "report",
+        "transport",
+        "publish",
+    }
+    assert ("published", "") in look.values["irst_frames_total"]
+    assert set(look.values["irst_restarts_total"]) == {("front.0",), ("unmix.0",)}
+    assert {("", "taken"), ("latency", "refused")} <= set(look.values["irst_swaps_total"])
+    for name in ("frames", "restarts", "swaps", "malformed_messages"):
+        assert not any(look.values[f"irst_{name}_total"].values())
+
+
 def test_an_address_in_use_is_named():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -72,20 +97,78 @@ def test_watching_nobody_is_one_line(command):
     assert_one_line_error(command("pipeline", "watch", address), address, "telemetry.metrics")
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:abc", "a b", "host", "127.0.0.1:9464/x", ""])
+def test_an_address_that_is_none_is_one_line(command, address):
+    assert_one_line_error(command("pipeline", "watch", address), f"{address}: not an address")
+
+
+def answering(answer):
+    """The address of a server that gives every client these bytes, and ends."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        with server, contextlib.suppress(OSError):
+            client, _ = server.accept()
+            with client:
+                client.recv(4096)
+                client.sendall(answer)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"\xff\x00\x00\x00\x1b[31m\x01\x7f\x03",
+        b"HTTP/1.1 404 Not \x1b[31mFound\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n\r\n{nonsense",
+        b"HTTP/1.1 200 OK\r\n\r\nup 1.0\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n\xff",
+    ],
+)
+def test_watching_what_is_no_run_is_one_line_without_a_byte_of_its_answer(command, answer):
+    address = answering(answer)
+    result = command("pipeline", "watch", address)
+    assert_one_line_error(result, address, "telemetry.metrics")
+    assert "\x1b" not in result.stderr and result.stderr.strip().isprintable()
+
+
+@pytest.mark.parametrize("words", [("watch", "--every-s"), ("record", "a", "b", "c", "--max-gb")])
+@pytest.mark.parametrize("number", ["inf", "nan"])
+def test_options_are_numbers_one_can_count_with(command, words, number):
+    assert_one_line_error(command("pipeline", *words, number), words[-1])
+
+
 def record(text, line=1):
     return logging.LogRecord("pipeline.x", logging.WARNING, "x.py", line, text, None, None)
 
 
-def test_a_flood_of_records_is_cut_and_counted(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr("pipeline.runtime.logs.time.monotonic", lambda: clock[0])
-    limit = RateLimit()
-    assert sum(limit.filter(record("again")) for _ in range(1000)) == BURST
-    assert limit.filter(record("another", line=2)), "each kind has its own limit"
-    clock[0] = 11.0
-    late = record("again")
-    assert limit.filter(late)
-    assert late.getMessage() == f"again ({1000 - BURST} more like this in 11 s)"
+FLOOD = """
+import logging, sys, time
+from pipeline.runtime import logs
+from pipeline.runtime.settings import TelemetrySettings
+logs.EVERY_S = float(sys.argv[1])
+logs.configure_logs(TelemetrySettings())
+log = logging.getLogger("pipeline.x")
+for number in range(1000):
+    log.warning("number %d", number)
+log.warning("another")
+time.sleep(1.0)
+log.warning("later")
+"""
+
+
+@pytest.mark.parametrize(("every_s", "order"), [(0.3, "held later"), (60.0, "later held")])
+def test_a_flood_of_records_is_cut_and_counted_in_time_or_at_the_end(every_s, order):
+    words = [sys.executable, "-c", FLOOD, str(every_s)]
+    result = subprocess.run(words, capture_output=True, text=True, check=True)
+    told = [line.split(" ", 3)[3] for line in result.stderr.splitlines()]
+    assert told[:BURST] == [f"number {number}" for number in range(BURST)]
+    assert told[BURST] == "another", "each kind has its own limit"
+    held, later = sorted(told[BURST + 1 :], key=lambda line: line == "later")
+    assert held.startswith(f"number 999 ({1000 - BURST} more like this in ")
+    assert told[-1] == (later if order == "held later" else held)
 
 
 def test_a_record_is_one_line_whatever_is_in_it():

@@ -1,9 +1,12 @@
 """Real sockets: credit between nodes, publishing, and what happens when the other side is slow."""
 
+import contextlib
+import os
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import msgpack
 import pytest
@@ -13,6 +16,7 @@ from pipeline.transport import publish, sockets
 from pipeline.transport.codec import CodecError
 from pipeline.transport.hub import FROM_NODE, HubSocket, NodeSocket, Word, read_word
 from pipeline.transport.publish import Publisher, SubscriberSocket
+from pipeline.transport.security import ClientKeys, ServerKeys, make_keys
 
 DEADLINE_S = 20.0
 
@@ -25,6 +29,13 @@ def tick_until(deadline_s: float = DEADLINE_S):
             raise TimeoutError
 
     return tick
+
+
+@pytest.fixture
+def keep():
+    """Gives back what it is given, and closes it whatever comes: an open socket hangs the exit."""
+    with contextlib.ExitStack() as stack:
+        yield lambda end: stack.enter_context(contextlib.closing(end))
 
 
 def come(publisher: Publisher, number: int = 1) -> None:
@@ -167,20 +178,142 @@ def test_lossless_publishing_gives_up_on_a_subscriber_that_takes_nothing(endpoin
     publisher.close()
 
 
-def test_live_publishing_is_never_held_back_by_a_subscriber(endpoint):
-    publisher = Publisher([endpoint], "roof", 2, lossless=False)
-    stuck = SubscriberSocket(endpoint, queue=2)
+def test_live_publishing_is_never_held_back_by_a_subscriber(endpoint, keep):
+    publisher = keep(Publisher([endpoint], "roof", 2, lossless=False))
+    stuck = keep(SubscriberSocket(endpoint, queue=2))
     come(publisher)
     for number in range(500):
         publisher.publish({"n": number, "load": "y" * 100_000}, tick_until())
-    seen = []
-    while (part := stuck.receive(0.5)) is not None:
-        seen.append(msgpack.unpackb(part)["n"])
+    seen = numbers(stuck)
     assert seen[0] == 0
     assert 0 < len(seen) < 500, "what it could not take it has lost"
-    assert publisher.held_back > 0, "and the publisher has noticed"
-    publisher.close()
-    stuck.close()
+    assert publisher.held_back >= 500 - len(seen), "and the publisher knows at most how much"
+
+
+def numbers(subscriber, until=None):
+    """Numbers of the messages that come, to one number or to the end of what waits."""
+    found = []
+    while (until is None or until not in found[-1:]) and (part := subscriber.receive(1.0)):
+        found.append(msgpack.unpackb(part)["n"])
+    return found
+
+
+def test_a_burst_longer_than_the_queue_costs_one_that_keeps_up_nothing(endpoint, keep):
+    publisher = keep(Publisher([endpoint], "roof", 200, lossless=False))
+    good = keep(SubscriberSocket(endpoint))
+    come(publisher)
+    with ThreadPoolExecutor(1) as pool:
+        had = pool.submit(numbers, good, 2999)
+        for number in range(3000):
+            publisher.publish({"n": number}, tick_until())
+        assert had.result(DEADLINE_S) == list(range(3000))
+    assert publisher.held_back == 0
+
+
+def flood(publisher, load="y" * 10_000):
+    """Publish until somebody is behind."""
+    tick = tick_until()
+    while not publisher.behind:
+        publisher.publish({"load": load}, tick)
+        tick()
+
+
+def wait_caught_up(publisher):
+    tick = tick_until()
+    while publisher.behind:
+        publisher.listen(20)
+        tick()
+
+
+@pytest.mark.parametrize("where", ["ipc", "tcp"])
+def test_what_a_subscriber_that_stopped_reading_goes_without_is_counted(where, endpoint, keep):
+    endpoint = endpoint if where == "ipc" else "tcp://127.0.0.1:*"
+    publisher = keep(Publisher([endpoint], "roof", 5, lossless=False))
+    endpoint = publisher._socket.last_endpoint.decode()
+    stopped = keep(SubscriberSocket(endpoint, queue=1))
+    good = keep(SubscriberSocket(endpoint))
+    come(publisher, 2)
+    load, sent, taken = "y" * 10_000, 0, []
+
+    def send() -> None:
+        nonlocal sent
+        publisher.publish({"n": sent, "load": load}, tick_until())
+        taken.extend(numbers(good, until=sent))
+        sent += 1
+
+    while not publisher.behind:  # kernel and queues are filled
+        send()
+    for _ in range(50):  # what can still move into them has moved, and who is behind is known
+        time.sleep(0.01)
+        send()
+    before, first = publisher.held_back, sent
+    for _ in range(3000):
+        send()
+        assert publisher.behind == 1, "also where libzmq says nothing any more"
+    assert publisher.held_back - before == 3000
+    assert taken == list(range(sent)), "the other had every message, before the next was sent"
+
+    had = numbers(stopped)
+    assert had == sorted(set(had))
+    assert max(had) < first, "of the 3000 it had none"
+    assert sent - len(had) <= publisher.held_back
+    wait_caught_up(publisher)  # it has read all now
+    counted = publisher.held_back
+    for _ in range(200):
+        send()
+        assert numbers(stopped, until=sent - 1) == [sent - 1]
+    assert publisher.held_back == counted, "who has caught up is not behind"
+
+
+def test_a_subscriber_with_a_key_that_falls_behind_is_seen_too(tmp_path, keep):
+    make_keys(tmp_path / "keys", "tracker")
+    keys = ServerKeys.load(tmp_path / "keys/server")
+    publisher = keep(Publisher(["tcp://127.0.0.2:*"], "roof", 5, lossless=False, keys=keys))
+    endpoint = publisher._socket.last_endpoint.decode()
+    own = ClientKeys.load(tmp_path / "keys/tracker")
+    stopped = keep(SubscriberSocket(endpoint, queue=1, keys=own))
+    come(publisher)
+    flood(publisher, "y" * 100_000)
+    while stopped.receive(1.0):
+        pass
+    wait_caught_up(publisher)
+
+
+def test_a_slow_subscriber_is_behind_all_the_time_and_loses_no_more_than_is_counted(endpoint, keep):
+    publisher = keep(Publisher([endpoint], "roof", 5, lossless=False))
+    slow = keep(SubscriberSocket(endpoint, queue=1))
+    come(publisher)
+    had, behind = [], []
+    for number in range(3000):
+        publisher.publish({"n": number, "load": "y" * 10_000}, tick_until())
+        if number % 10 == 0 and (part := slow.receive(0.0)) is not None:
+            had.append(msgpack.unpackb(part)["n"])
+        behind.append(publisher.behind)
+        time.sleep(0.0003)
+    assert behind == sorted(behind), "once behind it stays so"
+    assert sum(behind) > 1000
+    had += numbers(slow)
+    assert had == sorted(set(had))
+    assert len(had) < 1500
+    assert 3000 - len(had) <= publisher.held_back <= 3000
+
+
+def test_who_leaves_while_behind_is_behind_no_more_and_who_comes_next_is_not(
+    endpoint, keep, caplog
+):
+    publisher = keep(Publisher([endpoint], "roof", 5, lossless=False))
+    stopped = keep(SubscriberSocket(endpoint, queue=1))
+    come(publisher)
+    flood(publisher)
+    stopped.close()
+    wait_caught_up(publisher)
+    assert f"subscriber of process {os.getpid()} is behind" in caplog.messages[0]
+    assert "is gone after" in caplog.messages[1]
+    after = keep(SubscriberSocket(endpoint))  # it may have the file descriptor of who has left
+    come(publisher)
+    publisher.publish({"n": 1}, tick_until())
+    assert numbers(after, until=1) == [1]
+    assert publisher.behind == 0
 
 
 def test_an_address_in_use_is_named():

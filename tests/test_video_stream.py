@@ -12,7 +12,7 @@ import pytest
 from numpy.testing import assert_array_equal
 from test_sources import CLIPS, build, write_video
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, Unavailable
 from pipeline.messages import Dropped, Frame
 from pipeline.sources.video import grey
 
@@ -109,7 +109,7 @@ def test_a_network_camera_that_hangs_up_is_called_again():
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9/none.mp4", "/dev/video-none"])
 def test_where_nothing_comes_from_is_named(address, capfd):
-    with pytest.raises(PipelineError, match=f"{address}: no video comes from there") as error:
+    with pytest.raises(Unavailable, match=f"{address}: no video comes from there") as error:
         build("video_stream", address=address, timeout_s=2.0)
     assert "\n" not in str(error.value)
     assert capfd.readouterr().err == ""

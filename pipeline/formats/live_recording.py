@@ -55,13 +55,13 @@ class LiveRecordingWriter:
         except OSError as error:
             raise self._failed(error) from error
 
-    def follows(self, timestamp_ns: int) -> bool:
-        """True if a frame of this time can be appended: time advances in a recording."""
-        return self._last_ns is None or timestamp_ns > self._last_ns
+    def following(self, timestamp_ns: int) -> int:
+        """This time, or the first that a frame can have here: time advances in a recording."""
+        return timestamp_ns if self._last_ns is None else max(timestamp_ns, self._last_ns + 1)
 
     def append(self, pixels_HW: NDArray[Any], timestamp_ns: int) -> None:
         """Add a frame; raises ValueError if its time does not advance."""
-        if not self.follows(timestamp_ns):
+        if timestamp_ns != self.following(timestamp_ns):
             raise ValueError(f"timestamp {timestamp_ns} ns does not follow the last frame's")
         try:
             if self.count == self._times.shape[0]:

@@ -5,8 +5,8 @@ import multiprocessing
 import os
 import signal
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
@@ -52,6 +52,8 @@ class Child:
     ready: bool = False
     done: bool = False  # it was told to end, or said it has nothing more
     heard_s: float = 0.0
+    holds: int | None = None  # the frame it is to answer next
+    holds_since_s: float = 0.0
     start_at_s: float | None = 0.0  # when to start the next process; None: it runs
     last_words: str = ""
     vital: bool = True  # the run cannot do without it
@@ -71,7 +73,7 @@ class Children:
     on_gone: Callable[[Child], None]
     all: list[Child] = field(default_factory=list)
     retired: list[Child] = field(default_factory=list)  # finish what they hold
-    restarts: int = 0
+    restarts: Counter[str] = field(default_factory=Counter)  # by name
 
     def __post_init__(self) -> None:
         self._spawn = multiprocessing.get_context("spawn")
@@ -86,6 +88,18 @@ class Children:
         """The child whose present process this is."""
         known = self.all + self.retired
         return next((child for child in known if child.identity == identity), None)
+
+    def knew(self, identity: bytes) -> bool:
+        """True if this is, or was, a process of one of these nodes."""
+        name = identity.partition(b"#")[0]
+        return any(child.name.encode() == name for child in self.all + self.retired)
+
+    def note_work(self, working_on: Mapping[bytes, int]) -> None:
+        """Take in which frame each process is to answer next."""
+        now_s = time.monotonic()
+        for child in self.all + self.retired:
+            if child.holds != (holds := working_on.get(child.identity)):
+                child.holds, child.holds_since_s = holds, now_s
 
     def watch(self) -> None:
         """Start what is due; notice the dead and the stalled.
@@ -103,19 +117,34 @@ class Children:
                 continue
             if process.exitcode is not None:
                 self._bury(child, now_s, f"died (exit code {process.exitcode})")
-            elif now_s - child.heard_s > self._patience_s(child):
-                process.kill()  # also ends a stopped process
-                process.join(END_S)
-                self._bury(child, now_s, f"was silent for {self._patience_s(child):g} s")
+            elif how := self.stalled(child):
+                _end(process)
+                self._bury(child, now_s, how)
 
-    def _patience_s(self, child: Child) -> float:
-        return self.settings.stall_s if child.ready else self.settings.start_s
+    def stalled(self, child: Child) -> str:
+        """In what way a process no longer does its work; empty if it does."""
+        now_s = time.monotonic()
+        patience_s = self.settings.stall_s if child.ready else self.settings.start_s
+        if now_s - child.heard_s > patience_s:
+            return f"was silent for {patience_s:g} s"
+        if child.holds is not None and now_s - child.holds_since_s > self.settings.stall_s:
+            return f"did not answer frame {child.holds} in {self.settings.stall_s:g} s"
+        return ""
 
     def be_patient(self) -> None:
         """Count silence anew: it was this process that did not listen."""
         now_s = time.monotonic()
-        for child in self.all:
-            child.heard_s = now_s
+        for child in self.all + self.retired:
+            child.heard_s = child.holds_since_s = now_s
+
+    def replace(self, child: Child, how: str) -> None:
+        """Start another process for one that is alive; it counts as no death."""
+        if child.process is not None:
+            _end(child.process)
+        self.on_gone(child)
+        log.warning("node %s %s; restarting", child.name, how)
+        self.restarts[child.name] += 1
+        child.start_at_s = time.monotonic()
 
     def _start(self, child: Child, now_s: float) -> None:
         """Start with signals blocked: a Ctrl-C goes to all, but is the supervisor's to act on.
@@ -124,7 +153,9 @@ class Children:
         """
         child.number += 1
         child.ready, child.heard_s, child.start_at_s, child.last_words = False, now_s, None, ""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        child.holds = None
+        ends = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ends)
         try:
             child.process = self._spawn.Process(
                 target=self.entry,
@@ -146,7 +177,7 @@ class Children:
             allowed = f"{self.settings.restarts} restarts in {self.settings.within_s:g} s"
             raise RunError(f"node {child.name} {how}{cause}; {allowed} are allowed")
         log.warning("node %s %s%s; restarting in %.2g s", child.name, how, cause, delay_s)
-        self.restarts += 1
+        self.restarts[child.name] += 1
         child.start_at_s = now_s + delay_s
 
     def join(self, timeout_s: float) -> None:
@@ -164,3 +195,9 @@ class Children:
         for child in self.all + self.retired:
             if child.process is not None:
                 child.process.join()
+
+
+def _end(process: BaseProcess) -> None:
+    """End a process, also one that is stopped."""
+    process.kill()
+    process.join(END_S)

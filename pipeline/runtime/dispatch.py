@@ -16,7 +16,7 @@ from pipeline.messages import Dropped
 from pipeline.runtime.topology import Node, Overflow
 
 HELD_BY_WORKER = 2
-"""Frames a worker holds: one it works on, and the next, so that it need not wait for it."""
+"""Batches a worker holds: one it works on, and the next, so that it need not wait for it."""
 MAX_DEATHS = 2
 """Workers that may die on a frame before it is given up."""
 
@@ -52,6 +52,15 @@ class _Row:
     @property
     def held(self) -> int:
         return sum(map(len, self.workers.values()))
+
+
+def _suspects(held: list[Job], batch: int) -> list[Job]:
+    """Of what a worker that is dead held, in its order, the frames it may have died on.
+
+    One that another has died on already is done by itself; what came after had not been begun.
+    """
+    alone = next((n for n, job in enumerate(held[:batch]) if job.deaths > 0), batch)
+    return held[: max(alone, 1)]
 
 
 class Dispatcher:
@@ -147,7 +156,7 @@ class Dispatcher:
         self._retired.discard(worker)
         for row in self._rows:
             held = list(row.workers.pop(worker, {}).values())
-            for job in held[:1]:  # the others it had not begun
+            for job in _suspects(held, row.node.batch):
                 job.deaths += 1
             for job in reversed(held):
                 if self._jobs.get(job.seq) is not job:
@@ -163,7 +172,7 @@ class Dispatcher:
             while self._room_after(number) and (job := self._due(number)):
                 workers = self._able(row, job)
                 worker = min(workers, key=lambda name: len(row.workers[name]), default=b"")
-                if not workers or len(row.workers[worker]) >= HELD_BY_WORKER:
+                if not workers or len(row.workers[worker]) >= HELD_BY_WORKER * row.node.batch:
                     break
                 row.waiting.remove(job)
                 job.worker = worker
@@ -262,6 +271,11 @@ class Dispatcher:
             self.give_up(job, reason)
 
     # --- telemetry -------------------------------------------------------------------------
+
+    def working_on(self) -> dict[bytes, int]:
+        """Workers that hold frames, given up or not, and the one each has had longest."""
+        rows = (row.workers.items() for row in self._rows)
+        return {worker: next(iter(held)) for row in rows for worker, held in row if held}
 
     def depths(self) -> dict[str, tuple[int, int]]:
         """Frames that wait for each node, and frames its workers hold."""

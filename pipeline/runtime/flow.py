@@ -7,7 +7,7 @@ frame gives the same targets, bit for bit, however the flow is cut into processe
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.component import Stage, component
 from pipeline.config import PipelineConfig
@@ -17,6 +17,20 @@ from pipeline.runtime.topology import stage_types
 from pipeline.sensing import stage_context
 
 log = logging.getLogger(__name__)
+
+NEW = Trace(0, {})
+
+
+class Work(NamedTuple):
+    """A message to be processed.
+
+    beside: `Objects`, or `Dropped`, that a node beside the flow made of its frame, for the stage
+    that takes them.
+    """
+
+    message: Any
+    trace: Trace
+    beside: tuple[Any, Trace] | None = None
 
 
 class Flow:
@@ -34,33 +48,67 @@ class Flow:
     ) -> tuple[Any, Trace]:
         """The message after all stages, or `Dropped` if one could not process it.
 
-        What was dropped before comes through as it is. beside: `Objects`, or `Dropped`, that a node
-        beside the flow made of the frame, for the stage that takes them.
+        What was dropped before comes through as it is.
         """
-        if isinstance(message, Dropped):
-            return message, trace
-        stage_ns = dict(trace.stage_ns)
-        seq = message.info.seq
+        (done,) = self.process_all([Work(message, trace, beside)])
+        return done
+
+    def process_all(self, batch: Sequence[Work]) -> list[tuple[Any, Trace]]:
+        """`process` of several frames' messages; stages do together what they can.
+
+        What a stage takes for all of them counts for each: so long it was there.
+        """
+        messages = [work.message for work in batch]
+        stage_ns = [dict(work.trace.stage_ns) for work in batch]
         for name, stage in self._stages:
+            going = [n for n, message in enumerate(messages) if not isinstance(message, Dropped)]
+            if not going:
+                break
             if name in self._joins:
-                said, trace_beside = beside or (Dropped(seq, name, "was not asked"), trace)
-                message, stage_ns = Seen(message, said), stage_ns | trace_beside.stage_ns
+                for n in going:
+                    seq = messages[n].info.seq
+                    said, trace = batch[n].beside or (Dropped(seq, name, "was not asked"), NEW)
+                    messages[n] = Seen(messages[n], said)
+                    stage_ns[n] |= trace.stage_ns
             started = self._clock()
-            try:
-                message = stage.process(message)
-            except Exception as error:
-                # Whatever a stage trips over costs this frame, counted and published as a gap
-                # with its reason, not the run.
-                log.debug("frame %d lost at %s", seq, name, exc_info=True)
-                reason = " ".join(str(error).split()) or type(error).__name__
-                return Dropped(seq, name, reason[:200]), Trace(trace.t_ingest_ns, stage_ns)
-            stage_ns[name] = self._clock() - started
-        return message, Trace(trace.t_ingest_ns, stage_ns)
+            results = _results(name, stage, [messages[n] for n in going])
+            took_ns = self._clock() - started
+            for n, result in zip(going, results, strict=True):
+                messages[n] = result
+                if not isinstance(result, Dropped):
+                    stage_ns[n][name] = took_ns
+        return [
+            (message, Trace(work.trace.t_ingest_ns, ns))
+            for message, work, ns in zip(messages, batch, stage_ns, strict=True)
+        ]
 
     def close(self) -> None:
         """Release what the stages hold."""
         for _, stage in self._stages:
             stage.close()
+
+
+def _results(name: str, stage: Stage[Any, Any], messages: list[Any]) -> list[Any]:
+    """What a stage makes of messages, together or, if that fails, one by one."""
+    if len(messages) > 1:
+        try:
+            return stage.process_all(messages)
+        except Exception:
+            log.debug("%d frames together at %s", len(messages), name, exc_info=True)
+    return [_result(name, stage, message) for message in messages]
+
+
+def _result(name: str, stage: Stage[Any, Any], message: Any) -> Any:
+    """What a stage makes of a message, or `Dropped`."""
+    try:
+        return stage.process(message)
+    except Exception as error:
+        # Whatever a stage trips over costs this frame, counted and published as a gap with its
+        # reason, not the run.
+        seq = message.info.seq
+        log.debug("frame %d lost at %s", seq, name, exc_info=True)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return Dropped(seq, name, reason[:200])
 
 
 def _takes(stage: Any) -> type[Any] | None:

@@ -1,26 +1,49 @@
 """The edge from the source into the front: a reading thread, a bounded queue, losses by name."""
 
 import contextlib
+import ctypes
+import logging
 import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.component import Source
-from pipeline.errors import RunError
-from pipeline.messages import Dropped, Frame
+from pipeline.errors import PipelineError, RunError, told
+from pipeline.messages import Dropped, Frame, Malformed
+from pipeline.pacing import rarer
 from pipeline.runtime.topology import Overflow
+
+FIRST_RETRY_S, MOST_RETRY_S = 0.25, 30.0
+JOIN_S = 0.3
+log = logging.getLogger(__name__)
+
+
+class Intake(ctypes.Structure):
+    """What the front has shared memory for: it stays known whatever becomes of the front."""
+
+    _fields_ = (("taken", ctypes.c_int64), ("waiting", ctypes.c_int64))
 
 
 @dataclass(frozen=True)
 class Shed:
-    """Frames `first` … `end` − 1 were lost before any stage saw them."""
+    """Frames `first` … `end` − 1 were lost before any stage saw them.
+
+    malformed: what came in their place made no frames; parts are the bytes of one of them.
+    """
 
     first: int
     end: int
     reason: str
+    malformed: bool = False
+    parts: tuple[Any, ...] = ()
+
+    def alike(self, other: "Shed") -> bool:
+        """True if both were lost for the same reason."""
+        return (self.reason, self.malformed) == (other.reason, other.malformed)
 
 
 @dataclass(frozen=True)
@@ -36,50 +59,92 @@ class Overrun(RunError):
 
 
 class Inlet:
-    """Frames as the source has them, numbered on from `taken`, which counts them for all to see.
+    """Frames as the source has them, numbered on from `intake.taken`, which counts them for all.
 
     When `queue` frames wait: `block` lets the source wait, `drop-oldest` sheds the oldest, `fail`
-    ends it with Overrun. Live, what waited longer than max_age_ns is shed as well.
-    `wake` is an eventfd that is written when there is something new.
+    ends it with Overrun. Live, what waited longer than max_age_ns is shed as well, and a source
+    that fails is opened again, ever more rarely, until it is there or the inlet is stopped; unless
+    it was wrong from the start. `wake` is an eventfd that is written when there is something new.
     """
 
     def __init__(
         self,
-        source: Source,
+        open_source: Callable[[], Source],
         queue: int,
         *,
         overflow: Overflow,
         max_age_ns: int | None,
-        taken: Any,
+        intake: Any,
         wake: int,
     ) -> None:
-        self._source, self._queue, self._overflow = source, queue, overflow
-        self._max_age_ns, self._taken, self._wake = max_age_ns, taken, wake
-        self._first = int(taken.value)
+        self._open_source, self._queue, self._overflow = open_source, queue, overflow
+        self._max_age_ns, self._intake, self._wake = max_age_ns, intake, wake
+        self._source: Source | None = None
+        self._first = 0
         self._waiting: deque[Taken | Shed] = deque()  # a Shed: what the source itself lost
         self._shed: deque[Shed] = deque()  # all older than what waits
         self._room = threading.Condition()
         self._stopped = False
         self._reader: threading.Thread | None = None
+        self._delays_s = rarer(FIRST_RETRY_S, MOST_RETRY_S)
         self._ended = False
         self.failure: Exception | None = None
 
     def open(self) -> None:
-        """Begin to read the source, if that has not begun."""
+        """Begin to open and read the source, if that has not begun."""
         if self._reader is None:
             self._reader = threading.Thread(target=self._read, name="source", daemon=True)
             self._reader.start()
 
     def _read(self) -> None:
         try:
-            for frame in self._source.frames():
-                if not self._put(frame):
-                    break
+            while not self._stopped and not self._read_once():
+                pass
         except Exception as error:  # noqa: BLE001, told to the supervisor by the node
             self.failure = error
         finally:
             self._ended = True
             os.eventfd_write(self._wake, 1)
+
+    def _read_once(self) -> bool:
+        """Read the source to its end, or until no more is wanted; False if it failed.
+
+        In that case some time has passed, and it is to be tried again.
+        """
+        before = self._intake.taken
+        try:
+            self._read_source()
+        except Exception as error:
+            if self._is_final(error):
+                raise
+            if self._intake.taken > before:
+                self._delays_s = rarer(FIRST_RETRY_S, MOST_RETRY_S)
+            delay_s = next(self._delays_s)
+            log.warning("source: %s; it is opened again in %.2g s", told(error), delay_s)
+            with self._room:
+                self._room.wait_for(lambda: self._stopped, delay_s)
+            return False
+        return True
+
+    def _read_source(self) -> None:
+        source = self._open_source()
+        try:
+            with self._room:
+                self._source, self._first = source, self._intake.taken
+            if self._stopped:
+                return  # whoever stopped this could not close it yet
+            for frame in source.frames():
+                if not self._put(frame):
+                    return
+        finally:
+            source.close()
+
+    def _is_final(self, error: Exception) -> bool:
+        """True if to open the source again is of no use, or, in replay, would not be the same."""
+        if self._max_age_ns is None or isinstance(error, Overrun):
+            return True
+        wrong = isinstance(error, PipelineError) and not isinstance(error, RunError)
+        return wrong and self._intake.taken == 0
 
     def _put(self, frame: Frame | Dropped) -> bool:
         """Queue a frame by the policy; False if no more are wanted."""
@@ -97,14 +162,15 @@ class Inlet:
                     "let it be drop-oldest, or lower the frame rate"
                 )
             seq = self._first + (frame.seq if isinstance(frame, Dropped) else frame.info.seq)
-            self._taken.value = seq + 1
+            self._intake.taken = seq + 1
             if len(self._waiting) >= self._queue:
                 self._lose(self._waiting.popleft(), "overload: oldest frame shed")
             if isinstance(frame, Dropped):
-                self._waiting.append(Shed(seq, seq + 1, frame.reason))
+                self._waiting.append(_shed(frame, seq))
             else:
                 info = replace(frame.info, seq=seq)
                 self._waiting.append(Taken(replace(frame, info=info), t_ingest_ns))
+            self._intake.waiting = len(self._waiting)
         os.eventfd_write(self._wake, 1)
         return True
 
@@ -114,8 +180,8 @@ class Inlet:
             seq = item.frame.info.seq
             item = Shed(seq, seq + 1, reason)
         before = self._shed[-1] if self._shed else None
-        if before is not None and before.reason == item.reason:
-            self._shed[-1] = Shed(before.first, item.end, item.reason)
+        if before is not None and not item.parts and before.alike(item):
+            self._shed[-1] = replace(before, end=item.end)
         else:
             self._shed.append(item)
 
@@ -127,12 +193,14 @@ class Inlet:
                 limit_ms = (self._max_age_ns or 0) / 1e6
                 self._lose(self._waiting.popleft(), f"older than {limit_ms:g} ms")
                 self._room.notify()
+            item: Shed | Taken | None = None
             if self._shed:
-                return self._shed.popleft()
-            if granted and self._waiting:
+                item = self._shed.popleft()
+            elif granted and self._waiting:
+                item = self._waiting.popleft()
                 self._room.notify()
-                return self._waiting.popleft()
-        return None
+            self._intake.waiting = len(self._waiting)
+        return item
 
     def _is_lost(self, item: Taken | Shed, now_ns: int) -> bool:
         """Lost by the source, or live for too long."""
@@ -157,4 +225,18 @@ class Inlet:
         with self._room:
             self._stopped = True
             self._room.notify_all()
-        self._source.close()
+            source = self._source
+        if source is not None:
+            source.close()
+
+    def close(self) -> None:
+        """Stop, and give the source a moment to leave behind nothing."""
+        self.stop()
+        if self._reader is not None:
+            self._reader.join(JOIN_S)
+
+
+def _shed(lost: Dropped, seq: int) -> Shed:
+    """What the source lost, under its number here."""
+    parts = lost.parts if isinstance(lost, Malformed) else ()
+    return Shed(seq, seq + 1, lost.reason, isinstance(lost, Malformed), parts)

@@ -132,6 +132,10 @@ class Join(Dispatcher):
         self._beside.expire(now_ns)
         super().expire(now_ns)
 
+    def working_on(self) -> dict[bytes, int]:
+        """Workers that hold frames, of both."""
+        return super().working_on() | self._beside.working_on()
+
     def depths(self) -> dict[str, tuple[int, int]]:
         """Frames that wait for each node, and frames its workers hold."""
         return super().depths() | self._beside.depths()

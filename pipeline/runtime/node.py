@@ -13,18 +13,22 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import cv2
 
 from engines.errors import EngineError
+from pipeline.component import Source
 from pipeline.config import PipelineConfig, open_source
-from pipeline.errors import PipelineError, RunError
+from pipeline.errors import PipelineError, RunError, told
 from pipeline.messages import Dropped, Objects, Trace
 from pipeline.physics.sensor import Sensor
-from pipeline.runtime.flow import Flow, build_flow, shown_to_beside
-from pipeline.runtime.inlet import Inlet, Overrun, Shed
+from pipeline.runtime.batch import Batch
+from pipeline.runtime.dead_letters import bounded
+from pipeline.runtime.flow import Flow, Work, build_flow, shown_to_beside
+from pipeline.runtime.inlet import Inlet, Shed
 from pipeline.runtime.logs import configure_logs
 from pipeline.runtime.memory import keep_freed_memory
 from pipeline.runtime.rehearsal import rehearse
@@ -51,7 +55,7 @@ class NodeTask:
     mode: Mode
     sensor: Sensor
     shape: tuple[int, int]
-    taken: Any  # shared ctypes int64: frames the source has given, whatever becomes of the front
+    intake: Any  # an `Intake` in shared memory
     identity: bytes = b""
     supervisor_pid: int = 0
 
@@ -65,6 +69,13 @@ class NodeTask:
         """What its messages pass on their way to it, e.g. "front>unmix"."""
         before = self.config.topology[0 if self.node.beside else self.row - 1]
         return f"{before.name}>{self.node.name}"
+
+    def batch(self) -> Batch:
+        """What this node does at once: in replay every frame by itself."""
+        if self.mode == "replay":
+            return Batch.single()
+        max_age_ns = round(self.config.supervisor.max_age_ms * 1e6)
+        return Batch.live(self.config.topology, self.row, max_age_ns)
 
 
 def hub_endpoint(run_dir: Path) -> str:
@@ -127,9 +138,9 @@ def _outlive_not(task: NodeTask) -> None:
     while os.getppid() == task.supervisor_pid:
         time.sleep(ORPHAN_CHECK_S)
     shutil.rmtree(task.run_dir, ignore_errors=True)
-    publish = task.config.publish
-    sockets.remove_stale(publish.endpoint or "")
-    sockets.remove_stale(publish.frames or "", ours=task.row == 0)
+    sockets.remove_stale(task.config.publish.endpoint or "")
+    for endpoint in task.config.front_endpoints:
+        sockets.remove_stale(endpoint, ours=task.row == 0)
     os._exit(1)
 
 
@@ -175,43 +186,64 @@ def _said_beside(word: Word, parts: list[Any]) -> tuple[Any, Trace]:
 
 def _run_worker(task: NodeTask, flow: Flow, socket: NodeSocket) -> None:
     beside: tuple[int, tuple[Any, Trace]] | None = None
+    batch = task.batch()
     socket.send(Word("ready"))
     while True:
-        received = socket.receive(ALIVE_MS)
-        if received is None:
+        received = socket.receive(batch.wait_ms(time.monotonic_ns(), ALIVE_MS))
+        if received is not None:
+            word, parts = received
+            if word.kind == "stop":
+                return
+            if word.kind == "beside":
+                beside = word.seq, _said_beside(word, parts)
+            if word.kind == "work" and (work := _work(task, socket, word, parts, beside)):
+                if word.code:  # processes have died on it: by itself
+                    _do(flow, socket, batch.take())
+                    _do(flow, socket, [work])
+                else:
+                    batch.add(work, time.monotonic_ns())
+        elif not batch.is_due(time.monotonic_ns()):
             socket.send(Word("alive"))
-            continue
-        word, parts = received
-        if word.kind == "stop":
-            return
-        if word.kind == "beside":
-            beside = word.seq, _said_beside(word, parts)
-        if word.kind != "work":
-            continue
-        try:
-            message, trace, sent_ns = codec.decode(parts)
-        except codec.CodecError as error:
-            socket.send(Word("malformed", word.seq, text=str(error)[:MAX_TEXT]))
-            continue
-        if isinstance(message, Dropped) or message.info.seq != word.seq:
-            socket.send(Word("malformed", word.seq, text="not the frame it is said to be"))
-            continue
-        trace = Trace(trace.t_ingest_ns, trace.stage_ns | {task.hop: time.monotonic_ns() - sent_ns})
-        said = beside[1] if beside is not None and beside[0] == word.seq else None
-        _send(socket, *flow.process(message, trace, said))
+        if batch.is_due(time.monotonic_ns()):
+            _do(flow, socket, batch.take())
+
+
+def _work(
+    task: NodeTask,
+    socket: NodeSocket,
+    word: Word,
+    parts: list[Any],
+    beside: tuple[int, tuple[Any, Trace]] | None,
+) -> Work | None:
+    """What a word of work asks for; None, once that is said, if it cannot be read."""
+    try:
+        message, trace, sent_ns = codec.decode(parts)
+    except codec.CodecError as error:
+        socket.send(Word("malformed", word.seq, text=str(error)[:MAX_TEXT]))
+        return None
+    if isinstance(message, Dropped) or message.info.seq != word.seq:
+        socket.send(Word("malformed", word.seq, text="not the frame it is said to be"))
+        return None
+    trace = Trace(trace.t_ingest_ns, trace.stage_ns | {task.hop: time.monotonic_ns() - sent_ns})
+    said = beside[1] if beside is not None and beside[0] == word.seq else None
+    return Work(message, trace, said)
+
+
+def _do(flow: Flow, socket: NodeSocket, batch: list[Work]) -> None:
+    for message, trace in flow.process_all(batch):
+        _send(socket, message, trace)
 
 
 def _run_front(task: NodeTask, first: Flow, flow: Flow, socket: NodeSocket, wake: int) -> None:
     live = task.mode == "live"
     node, settings = task.node, task.config.supervisor
-    source = open_source(task.config)
     tap = FramePublisher(task.config.publish.frames if live else None, task.sensor)
     inlet = Inlet(
-        source,
+        partial(_same_source, task),
         node.queue,
         overflow=node.overflow if live else "block",
         max_age_ns=round(settings.max_age_ms * 1e6) if live else None,
-        taken=task.taken,
+        intake=task.intake,
         wake=wake,
     )
     granted = 0
@@ -223,7 +255,7 @@ def _run_front(task: NodeTask, first: Flow, flow: Flow, socket: NodeSocket, wake
             tap.listen()
             item = inlet.take(granted > 0)
             if isinstance(item, Shed):
-                socket.send(Word("lost", item.first, item.end, stage="source", text=item.reason))
+                _tell_shed(socket, item)
             elif item is not None:
                 tap.publish(item.frame)
                 frame, trace = first.process(item.frame, Trace(item.t_ingest_ns, {}))
@@ -242,13 +274,31 @@ def _run_front(task: NodeTask, first: Flow, flow: Flow, socket: NodeSocket, wake
                 socket.send(Word("alive"))
                 alive_at = now + ALIVE_MS / 1e3
     finally:
-        inlet.stop()
+        inlet.close()
         tap.close()
-    fatal = not live or isinstance(inlet.failure, Overrun)
     if inlet.failure is not None:
-        _tell_failure(socket, inlet.failure, fatal=fatal)
-    if inlet.failure is None or fatal:
-        socket.send(Word("end", task.taken.value))
+        _tell_failure(socket, inlet.failure, fatal=True)
+    socket.send(Word("end", task.intake.taken))
+
+
+def _same_source(task: NodeTask) -> Source:
+    """Open the source; raises RunError if it does not give what this run is for."""
+    source = open_source(task.config)
+    (height, width), sensor = source.shape, source.sensor
+    if (height, width, sensor) != (*task.shape, task.sensor):
+        source.close()
+        raise RunError(
+            f"{task.config.source_kind} gives {width}×{height} of {sensor}, this run began with "
+            f"{task.shape[1]}×{task.shape[0]} of {task.sensor}; set it as it was, or restart"
+        )
+    return source
+
+
+def _tell_shed(socket: NodeSocket, shed: Shed) -> None:
+    """Frames are lost, and what came in place of one of them goes to the dead letters."""
+    kind = "malformed" if shed.malformed else "lost"
+    word = Word(kind, shed.first, shed.end, stage="source", text=shed.reason[:MAX_TEXT])
+    socket.send(word, bounded(shed.parts))
 
 
 def _tell_failure(socket: NodeSocket, error: Exception, *, fatal: bool) -> None:
@@ -256,5 +306,5 @@ def _tell_failure(socket: NodeSocket, error: Exception, *, fatal: bool) -> None:
     if isinstance(error, PipelineError | EngineError):
         line, code = str(error), error.exit_code
     else:
-        line, code = f"{type(error).__name__}: {error}", RunError.exit_code
+        line, code = told(error), RunError.exit_code
     socket.send(Word("failed" if fatal else "faulted", text=line[:MAX_TEXT], code=code))

@@ -10,7 +10,8 @@ from pipeline.component import Settings
 from pipeline.runtime.topology import Overflow
 
 LOCAL_ENDPOINT = (
-    r"ipc://[^@\0][^\0]*|tcp://(127(\.[0-9]{1,3}){3}|localhost):(?P<port>[0-9]{1,5}|\*)"
+    r"ipc://[^@\0][^\0]*"
+    r"|tcp://(127(\.[0-9]{1,3}){3}|localhost|\[::1\]):(?P<port>[0-9]{1,5}|\*)"
 )
 TCP_ENDPOINT = r"tcp://(\*|[A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):(?P<port>[0-9]{1,5}|\*)"
 METRICS_ENDPOINT = r"(127(\.[0-9]{1,3}){3}|localhost):(?P<port>[0-9]{1,5})"
@@ -27,6 +28,8 @@ class NodeSettings(Settings):
     overflow: Overflow | None = None
     budget_ms: float | None = Field(None, gt=0.0, le=1e6)
     cores: tuple[Annotated[int, Field(ge=0, le=4095)], ...] | None = Field(None, min_length=1)
+    batch: int | None = Field(None, ge=1, le=256)
+    batch_ms: float | None = Field(None, ge=0.0, le=1e5)
 
 
 def _port_exists(endpoint: str | None, pattern: str) -> bool:
@@ -92,6 +95,13 @@ class SupervisorSettings(Settings):
     stall_s: float = Field(
         5.0, ge=0.2, le=3600.0, description="a node that is silent so long is restarted"
     )
+    silent_s: float | None = Field(
+        None,
+        ge=1.0,
+        le=86_400.0,
+        description="live: the front is restarted if its source gives nothing for so long; "
+        "null: never",
+    )
     start_s: float = Field(120.0, ge=1.0, le=3600.0, description="for a node to become ready")
     restarts: int = Field(5, ge=0, le=10_000, description="of one node, within `within_s`")
     within_s: float = Field(60.0, ge=1.0, le=86_400.0)
@@ -117,6 +127,7 @@ class DeadLetterSettings(Settings):
 
     folder: Path | None = None
     keep: int = Field(100, ge=1, le=100_000, description="the oldest is deleted for the next")
+    keep_mb: float = Field(64.0, ge=2.0, le=1e6, description="of all of them, at most")
 
 
 class SwapSettings(Settings):

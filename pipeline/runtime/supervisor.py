@@ -8,36 +8,37 @@ do not suffer, since frames are put in order, counted and published here (`outpu
 import contextlib
 import math
 import multiprocessing
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from pipeline.config import PipelineConfig
 from pipeline.errors import PipelineError, RunError
 from pipeline.physics.sensor import Sensor
 from pipeline.runtime.children import Child, Children
 from pipeline.runtime.dead_letters import DeadLetters
-from pipeline.runtime.dispatch import Dispatcher, Job
-from pipeline.runtime.join import Join, make_ledger
+from pipeline.runtime.dispatch import Dispatcher
+from pipeline.runtime.inlet import Intake
+from pipeline.runtime.join import make_ledger
+from pipeline.runtime.listener import Listener
 from pipeline.runtime.node import Mode, NodeTask, hub_endpoint, run_node
 from pipeline.runtime.outlet import Messages, Outlet
 from pipeline.runtime.rehearsal import settle
+from pipeline.runtime.run_folder import run_folder
 from pipeline.runtime.swap import Reloader, hand_out
 from pipeline.runtime.telemetry import Telemetry
-from pipeline.transport import codec
-from pipeline.transport.hub import FROM_NODE, HubSocket, Word, read_word
+from pipeline.runtime.vigil import Service, SourceVigil
+from pipeline.transport.hub import HubSocket, Word
 from pipeline.transport.publish import STALL_S, Publisher, Stuck
 from pipeline.transport.security import ServerKeys
 from pipeline.transport.sockets import remove_stale
 
-DRAIN_S = 3.0
+DRAIN_S = 2.0
 LISTEN_MS = 10
 HOUSEKEEPING_S = 0.05
 ABSENT_S = 1.0
-END_S = 1.0
+END_S = 0.5
 MAX_HEARD = 256
 
 
@@ -49,14 +50,6 @@ def _ledger(config: PipelineConfig, mode: Mode) -> Dispatcher:
     return make_ledger(config.topology, round(age_ms * 1e6), round(wait_ms * 1e6))
 
 
-class NodeFailure(PipelineError):
-    """A node said why it could not go on; its own exit code is kept."""
-
-    def __init__(self, line: str, exit_code: int) -> None:
-        super().__init__(line)
-        self.exit_code = exit_code
-
-
 class Supervisor:
     """Use as a context manager; every process is gone when the block is left."""
 
@@ -66,7 +59,7 @@ class Supervisor:
         self._config, self._mode, self._sensor, self._shape = config, mode, sensor, shape
         self._dispatcher = _ledger(config, mode)
         self._children = Children(run_node, config.supervisor, self._on_gone)
-        self._taken = multiprocessing.get_context("spawn").RawValue("q", 0)
+        self._intake = multiprocessing.get_context("spawn").RawValue(Intake)
         self._started = False
         self._stopping = False
         self._drained_by = math.inf
@@ -74,7 +67,10 @@ class Supervisor:
         self._failure: PipelineError | None = None  # after which the stream still ends
         self._dead_letters = DeadLetters(config.dead_letters, config.digest)
         self.telemetry = Telemetry()
+        self.telemetry.expect(config.topology)
         self._reloader = Reloader(self._children, self._dispatcher, self.telemetry)
+        self._vigil = SourceVigil(config.supervisor.silent_s)
+        self._service = Service()
 
     # --- beginning and end -----------------------------------------------------------------
 
@@ -83,9 +79,12 @@ class Supervisor:
         with contextlib.ExitStack() as stack:
             metrics = self._config.telemetry.metrics if self._mode == "live" else None
             stack.enter_context(self.telemetry.served(metrics))
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="irst-"))  # mode 0700
-            self._hub = HubSocket(hub_endpoint(Path(folder)))
+            folder = stack.enter_context(run_folder())
+            self._hub = HubSocket(hub_endpoint(folder))
             stack.callback(self._hub.close)
+            self._listener = Listener(
+                self._hub, self._children, self._dispatcher, self._reloader, self._dead_letters
+            )
             self._publisher = Publisher(
                 [publish.endpoint] if publish.endpoint else [],
                 self._sensor.id,
@@ -98,18 +97,19 @@ class Supervisor:
                 self._config, self._sensor.id, self._publisher, self._dead_letters,
                 self.telemetry, self._children.be_patient,
             )  # fmt: skip
-            stack.callback(remove_stale, publish.frames or "")  # of a front that was killed
+            for endpoint in self._config.front_endpoints:  # of a front that was killed
+                stack.callback(remove_stale, endpoint)
             stack.callback(self._children.kill)
             stack.callback(self._reloader.close)
             for row, node in enumerate(self._config.topology):
                 task = NodeTask(
                     config=self._config,
                     row=row,
-                    run_dir=Path(folder),
+                    run_dir=folder,
                     mode=self._mode,
                     sensor=self._sensor,
                     shape=self._shape,
-                    taken=self._taken,
+                    intake=self._intake,
                 )
                 for replica in range(node.replicas):
                     name = f"{node.name}.{replica}"
@@ -155,8 +155,8 @@ class Supervisor:
         yield from self._outlet.taken()
         self._outlet.output.end(self._dispatcher.next_in)
         yield from self._outlet.taken()
-        if self._failure is not None:
-            raise self._failure
+        if failure := self._failure or self._listener.failure:
+            raise failure
         if self._mode == "replay":
             self._publisher.wait_acknowledged(self._outlet.output.frames, STALL_S)
 
@@ -180,7 +180,7 @@ class Supervisor:
         for _ in range(MAX_HEARD):
             if (heard := self._hub.receive(wait_ms)) is None:
                 break
-            self._hear(*heard)
+            self._listener.hear(*heard)
             wait_ms = 0
         if (now := time.monotonic()) >= self._next_housekeeping:
             if now > self._next_housekeeping + ABSENT_S:
@@ -198,6 +198,8 @@ class Supervisor:
 
     def _keep_house(self, now: float) -> None:
         self._next_housekeeping = now + HOUSEKEEPING_S
+        self._service.beat(now)
+        self._children.note_work(self._dispatcher.working_on())
         self._children.watch()
         if self._started and (taken := self._reloader.look_after(self._config, self._hub)):
             first, self._config = taken
@@ -206,27 +208,38 @@ class Supervisor:
         self._outlet.output.beat()
         if not self._started:
             self._start_when_ready()
+        elif self._mode == "live" and not self._stopping:
+            self._watch_source(now)
         if self._stopping:
             self._drain_by(now)
         self.telemetry.observe(
-            self._dispatcher, self._children, self._publisher, self._dead_letters
+            self._dispatcher, self._children, self._publisher, self._dead_letters, self._intake
         )
+
+    def _watch_source(self, now: float) -> None:
+        front = self._children.all[0]
+        wanted = self._vigil.look(self._intake.taken, now, front_is_there=front.ready)
+        if wanted and not front.done:
+            self._children.replace(front, "gave no frame for supervisor.silent_s")
 
     def _start_when_ready(self) -> None:
         # One the run can do without, and that has died before it was ready, is not waited for.
         ready = all(
             child.ready or (not child.vital and child.number > 1) for child in self._children.all
         )
+        if ready:
+            self._service.say_once("READY=1")  # now, as who is waited for may wait for this
         if ready and self._publisher.subscribers >= self._config.publish.wait_for:
             if self._mode == "live":
                 settle()
-            self._started = True
+            self._started = self._listener.started = True
             self._outlet.output.start()
 
     def _drain_by(self, now: float) -> None:
         """End the source, and, if what is under way takes too long, give that up by name."""
         front = self._children.all[0]
         if math.isinf(self._drained_by):
+            self._service.say_once("STOPPING=1")
             self._drained_by = now + DRAIN_S
             if self._started and front.ready:
                 self._hub.send(front.identity, Word("stop"))
@@ -236,79 +249,9 @@ class Supervisor:
 
     def _give_up(self, reason: str) -> None:
         """End the stream; what is under way is lost by name."""
-        self._dispatcher.lose(self._dispatcher.next_in, self._taken.value, "front", reason)
+        self._dispatcher.lose(self._dispatcher.next_in, self._intake.taken, "front", reason)
         self._dispatcher.give_up_all(reason)
         self._dispatcher.end(self._dispatcher.next_in)
-
-    # --- what nodes say --------------------------------------------------------------------
-
-    def _hear(self, identity: bytes, parts: list[Any]) -> None:
-        child = self._children.find(identity)
-        if child is None:
-            self._reloader.hear(identity, parts)
-            return  # if not a new worker, then a process that is dead, or a stranger
-        child.heard_s = time.monotonic()
-        try:
-            word = read_word(parts[0] if parts else b"", FROM_NODE)
-        except codec.CodecError as error:
-            self._dead_letters.keep(parts, f"from node {child.name}: {error}")
-            child.last_words = f"it said what is no word ({error})"
-            if child.process is not None:
-                child.process.kill()  # what else it would say cannot be relied on
-            return
-        if word.kind == "ready":
-            child.ready = True
-            if child in self._children.retired:  # it was starting when others took over
-                self._hub.send(identity, Word("stop"))
-            elif child.row > 0:
-                self._dispatcher.ready(identity, child.row)
-            else:
-                self._dispatcher.front_is_new()
-        elif word.kind == "faulted" or (word.kind == "failed" and self._may_fail(child)):
-            child.last_words = word.text
-        elif word.kind == "failed":
-            self._failure = NodeFailure(word.text, word.code)
-            if child.row > 0 or not child.ready:
-                raise self._failure
-        elif child.row == 0:
-            self._hear_front(child, word, parts[1:])
-        else:
-            self._hear_worker(identity, word, parts[1:])
-
-    def _may_fail(self, child: Child) -> bool:
-        """True of a process that the run can do without."""
-        return child in self._children.retired or (self._started and not child.vital)
-
-    def _hear_front(self, child: Child, word: Word, parts: list[Any]) -> None:
-        if word.kind == "result":
-            self._dispatcher.take(word.seq, word.t_ns, parts)
-            self._reloader.offer(word.seq, word.t_ns, parts)
-        elif word.kind == "frame" and isinstance(self._dispatcher, Join):
-            self._dispatcher.show(word.seq, word.t_ns, parts)
-            self._reloader.show(word.seq, word.t_ns, parts)
-        elif word.kind == "lost":
-            self._dispatcher.lose(word.seq, word.end, word.stage, word.text)
-        elif word.kind == "end":
-            child.done = True
-            self._dispatcher.end(word.seq)
-
-    def _hear_worker(self, identity: bytes, word: Word, parts: list[Any]) -> None:
-        if word.kind not in ("result", "lost", "malformed"):
-            return
-        job = self._dispatcher.answer(identity, word.seq)
-        if job is None:
-            return
-        if word.kind == "result":
-            self._dispatcher.forward(job, parts)
-        elif word.kind == "lost":
-            self._dispatcher.give_up(job, word.text, word.stage)
-        else:
-            self._malformed(job, word.text)
-
-    def _malformed(self, job: Job, cause: str) -> None:
-        node = self._dispatcher.node_of(job)
-        self._dead_letters.keep(job.parts, f"frame {job.seq} at node {node}: {cause}")
-        self._dispatcher.give_up(job, f"malformed message: {cause}"[:200], "transport")
 
     def _on_gone(self, child: Child) -> None:
         """A process is dead; frames it alone knew of are lost by name."""
@@ -320,5 +263,6 @@ class Supervisor:
             raise RunError(
                 f"node {child.name} died ({how}); a replay without its source cannot go on"
             )
+        self._intake.waiting = 0
         reason = "the front node died"
-        self._dispatcher.lose(self._dispatcher.next_in, self._taken.value, "front", reason)
+        self._dispatcher.lose(self._dispatcher.next_in, self._intake.taken, "front", reason)

@@ -8,7 +8,6 @@ start, the run goes on as it was.
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -23,8 +22,7 @@ from pipeline.runtime.join import make_ledger
 from pipeline.runtime.parity import Refused
 from pipeline.runtime.telemetry import Telemetry
 from pipeline.runtime.trial import PATIENCE_S, Trial
-from pipeline.transport.codec import CodecError
-from pipeline.transport.hub import FROM_NODE, HubSocket, Word, read_word
+from pipeline.transport.hub import HubSocket, Word
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +49,7 @@ def hand_out(hub: HubSocket, worker: bytes, job: Job) -> None:
         hub.send(worker, Word("beside", job.seq, text=job.beside.reason))
     elif job.beside is not None:
         hub.send(worker, Word("beside", job.seq), job.beside)
-    hub.send(worker, Word("work", job.seq, t_ns=job.t_ingest_ns), job.parts)
+    hub.send(worker, Word("work", job.seq, t_ns=job.t_ingest_ns, code=job.deaths), job.parts)
 
 
 class Reloader:
@@ -70,20 +68,18 @@ class Reloader:
 
     # --- the flow, while there is a trial ---------------------------------------------------
 
-    def hear(self, identity: bytes, parts: list[Any]) -> None:
+    def find(self, identity: bytes) -> Child | None:
+        """The worker, of those that have not taken over, whose process this is."""
+        return self._new.find(identity) if self._new is not None else None
+
+    def hear(self, child: Child, word: Word, parts: list[Any]) -> None:
         """What a worker says that has not taken over."""
-        child = self._new.find(identity) if self._new is not None else None
-        if child is None:
-            return
-        child.heard_s = time.monotonic()
-        with contextlib.suppress(CodecError):
-            word = read_word(parts[0] if parts else b"", FROM_NODE)
-            child.ready |= word.kind == "ready"
-            if word.kind in ("failed", "faulted"):
-                child.last_words = word.text
-            elif self._trial is not None and word.kind in ("result", "lost", "malformed"):
-                with self._refusing():
-                    self._trial.hear(identity, word, parts[1:])
+        child.ready |= word.kind == "ready"
+        if word.kind in ("failed", "faulted"):
+            child.last_words = word.text
+        elif self._trial is not None and word.kind in ("result", "lost", "malformed"):
+            with self._refusing():
+                self._trial.hear(child.identity, word, parts)
 
     def show(self, seq: int, t_ingest_ns: int, parts: list[Any]) -> None:
         """The front shows a frame to the node beside the flow; its patches come after it."""
@@ -164,12 +160,11 @@ class Reloader:
         return None if self._config is None else (first, self._config)
 
     def _end_retired(self, hub: HubSocket) -> None:
-        now_s = time.monotonic()
         for child in list(self._children.retired):
             if child.process is None or child.process.exitcode is not None:
                 self._dispatcher.gone(child.identity)
                 self._children.retired.remove(child)
-            elif now_s - child.heard_s > self._children.settings.stall_s:
+            elif self._children.stalled(child):
                 child.process.kill()
             elif not self._dispatcher.superseding:
                 hub.send(child.identity, Word("stop"))

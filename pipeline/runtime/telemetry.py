@@ -5,7 +5,7 @@ All of them are known to the supervisor, so one endpoint on one process tells ev
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from pipeline.runtime.children import Children
     from pipeline.runtime.dead_letters import DeadLetters
     from pipeline.runtime.dispatch import Dispatcher
+    from pipeline.runtime.inlet import Intake
+    from pipeline.runtime.topology import Node
     from pipeline.transport.publish import Publisher
 
 SECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.0)
 PROCESS_EVERY_S = 1.0
+FIGURES = ("frames", "matched", "counted", "latency", "answered", "lost", "start")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -48,17 +51,23 @@ class Telemetry:
         self._last = Gauge(
             "last_publish_timestamp_seconds", "When targets were last published, UTC", **given
         )
+        self._last_frame = Gauge(
+            "last_frame_timestamp_seconds", "When the source last gave a frame, UTC", **given
+        )
         self._queue = Gauge("queue_frames", "Frames waiting for a node", ["node"], **given)
         self._held = Gauge("held_frames", "Frames a node's workers hold", ["node"], **given)
         self._subscribers = Gauge("subscribers", "Subscribers connected", **given)
         self._ready = Gauge("node_ready", "1 if the process is ready", ["node"], **given)
         self._memory = Gauge("node_memory_bytes", "Resident memory", ["node"], **given)
         self._descriptors = Gauge("node_descriptors", "Open file descriptors", ["node"], **given)
-        self._restarts = Counter("restarts", "Processes started anew", **given)
-        self._malformed = Counter("malformed_messages", "Kept as dead letters", **given)
+        self._restarts = Counter("restarts", "Processes started anew", ["node"], **given)
+        self._malformed = Counter(
+            "malformed_messages", "What came in that could not be read", **given
+        )
         self._held_back = Counter(
             "subscriber_overflows", "Messages some slow subscriber went without", **given
         )
+        self._refused = Counter("refused_clients", "Connections without a key on the list", **given)
         self._swaps = Counter(
             "swaps", "Engine swaps asked for, and the figure that one was refused for",
             ["outcome", "figure"], **given,
@@ -66,7 +75,25 @@ class Telemetry:
         self._build = Info("run", "Engine and configuration", **given)
         self._described: tuple[str, str] | None = None
         self._processes_at = 0.0
-        self._totals = (0, 0, 0)
+        self._totals: dict[Counter, int] = {}
+        self._taken = 0
+
+    def expect(self, topology: Iterable["Node"]) -> None:
+        """Have every series from the start, so that the first loss is an increase.
+
+        What was not expected gets its series when it comes.
+        """
+        self._frames.labels("published", "")
+        for node in topology:
+            for stage in (node.name, *node.stages):
+                self._frames.labels("dropped", stage)
+            for replica in range(node.replicas):
+                self._restarts.labels(f"{node.name}.{replica}")
+        for stage in ("source", "transport", "publish"):
+            self._frames.labels("dropped", stage)
+        self._swaps.labels("taken", "")
+        for figure in FIGURES:
+            self._swaps.labels("refused", figure)
 
     @contextmanager
     def served(self, endpoint: str | None) -> Iterator[None]:
@@ -116,16 +143,25 @@ class Telemetry:
         children: "Children",
         publisher: "Publisher",
         dead_letters: "DeadLetters",
+        intake: "Intake",
     ) -> None:
         """Take in how things stand."""
+        if intake.taken != self._taken:
+            self._taken = intake.taken
+            self._last_frame.set(time.time())
+        self._queue.labels(children.all[0].task.node.name).set(intake.waiting)
         for node, (waiting, held) in dispatcher.depths().items():
             self._queue.labels(node).set(waiting)
             self._held.labels(node).set(held)
         self._subscribers.set(publisher.subscribers)
-        totals = (children.restarts, dead_letters.count, publisher.held_back)
-        counters = (self._restarts, self._malformed, self._held_back)
-        for counter, total, before in zip(counters, totals, self._totals, strict=True):
-            counter.inc(total - before)
+        totals = {
+            self._malformed: dead_letters.count,
+            self._held_back: publisher.held_back,
+            self._refused: publisher.refused,
+        }
+        totals |= {self._restarts.labels(name): n for name, n in children.restarts.items()}
+        for counter, total in totals.items():
+            counter.inc(total - self._totals.get(counter, 0))
         self._totals = totals
         if (now := time.monotonic()) < self._processes_at:
             return

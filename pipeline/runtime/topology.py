@@ -5,10 +5,14 @@ hands every frame from row to row. The edge into a node holds `queue` frames for
 replicas; `overflow` says what happens when it is full: `block` holds the sender back,
 `drop-oldest` loses the frame that has waited longest, by name, `fail` ends the run. In replay
 every edge blocks. `budget_ms` is what the node may take for a frame of 16 groups; `cores` are
-those it may run on, None = all. A stage runs where a configuration names it, and a node without
-stages is not run: each node costs a frame 0.7 ms of its age (docs/latency.md). `refine` goes
-between `unmix` and `report` (configs/refine.yaml). What a node takes and gives follows from its
-stages: `flow_types`.
+those it may run on, None = all. `batch` frames are done at once, at most, which pays where an
+engine is faster by the dozen, as on a GPU; the first of them waits for the others `batch_ms` at
+most, and never so long that the budgets of what is still to do would not fit into its deadline. In
+replay a batch is one frame, so that what it is done with changes nothing.
+
+A stage runs where a configuration names it, and a node without stages is not run: each node costs a
+frame 0.7 ms of its age (docs/latency.md). `refine` goes between `unmix` and `report`
+(configs/refine.yaml). What a node takes and gives follows from its stages: `flow_types`.
 
 The last row, `yolo`, stands beside the flow: given stages (`recognise`, see configs/fusion.yaml) it
 gets every frame while the others work on it, and what it answers in time joins the flow at the
@@ -38,6 +42,8 @@ class Node:
     overflow: Overflow = "block"
     budget_ms: float = 2.0
     cores: tuple[int, ...] | None = None
+    batch: int = 1
+    batch_ms: float = 5.0
     beside: bool = False
 
 

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from pipeline import gige_helper
 from pipeline.component import Settings, Source, configured_sensor
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, Unavailable
 from pipeline.imaging.pixel_formats import BITS, unpack
 from pipeline.messages import Dropped, Frame, FrameInfo
 from pipeline.numbering import RESTARTED, Numbering
@@ -76,7 +76,7 @@ class Gige(Source):
 
     @classmethod
     def build(cls, config: Config, sensor: dict[str, Any]) -> Self:
-        """Look for the camera and set it up; raises PipelineError if it is not there or refuses."""
+        """Look for the camera and set it up; raises Unavailable, or PipelineError if it refuses."""
         return cls(config, sensor)
 
     @property
@@ -115,14 +115,13 @@ class Gige(Source):
         except subprocess.TimeoutExpired:
             helper.kill()
             helper.communicate()
-            raise PipelineError(f"{self._name}: no answer within {PROBE_S:g} s") from None
+            raise Unavailable(f"{self._name}: no answer within {PROBE_S:g} s") from None
         if len(out) < LENGTHS.size:
-            raise PipelineError(
-                f"{self._name}: the helper ended ({helper.returncode}) without word"
-            )
+            raise Unavailable(f"{self._name}: the helper ended ({helper.returncode}) without word")
         event, _ = next(_events(io.BytesIO(out)))
         if event["event"] == "failed":
-            raise PipelineError(f"{self._name}: {event['reason']}")
+            kind = PipelineError if event.get("here", True) else Unavailable
+            raise kind(f"{self._name}: {event['reason']}")
         return event
 
     def frames(self) -> Iterator[Frame | Dropped]:

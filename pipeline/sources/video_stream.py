@@ -15,7 +15,7 @@ import cv2
 from pydantic import Field
 
 from pipeline.component import Settings, Source, configured_sensor
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, Unavailable
 from pipeline.messages import Dropped, Frame, FrameInfo
 from pipeline.numbering import RESTARTED
 from pipeline.physics.groups import SIZE_PX
@@ -56,7 +56,7 @@ class VideoStream(Source):
         capture = self._open()
         first_HW = None if capture is None else read_grey(capture)
         if capture is None or first_HW is None:
-            raise PipelineError(
+            raise Unavailable(
                 f"{config.address}: no video comes from there; {self._remedy(capture is not None)}"
             )
         self._flags = () if codec(capture) in RAW else ("compressed",)
@@ -77,7 +77,7 @@ class VideoStream(Source):
 
     @classmethod
     def build(cls, config: Config, sensor: dict[str, Any]) -> Self:
-        """Open the stream and look at a frame; raises PipelineError if none comes."""
+        """Open the stream and look at a frame; raises Unavailable if none comes."""
         return cls(config, sensor)
 
     def _remedy(self, opened: bool) -> str:

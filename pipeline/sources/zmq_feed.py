@@ -8,27 +8,31 @@ from typing import Any, Literal, Self
 import numpy as np
 from pydantic import Field, field_validator
 
-from pipeline.component import FedSource, Settings, configured_sensor
-from pipeline.messages import BadMessage, Dropped, Frame, FrameInfo, SentFrame
-from pipeline.numbering import RESTARTED, Numbering
+from pipeline.component import FedSettings, FedSource, configured_sensor
+from pipeline.messages import BadMessage, Dropped, Frame, FrameInfo, Malformed, SentFrame
+from pipeline.numbering import RESTARTED, Numbering, Step
+from pipeline.pacing import Allowance
 from pipeline.physics.groups import SIZE_PX
 from pipeline.physics.sensor import Sensor
 
 LOCAL = r"ipc://[^@\0][^\0]*|tcp://(127(\.[0-9]{1,3}){3}|localhost):[0-9]{1,5}"
 WAIT_S = 0.1
+KEPT_PER_S = 5
+"""Messages that are no frames, of which the bytes are kept; whoever sends more has to wait."""
+SLOW_S = 0.002
 
 
 class ZmqFeed(FedSource):
     """Listens at an endpoint on this machine; senders connect and push.
 
     Numbers missing in the sender's sequence become lost frames, and so does a message that is no
-    frame of this feed, with its reason.
+    frame of this feed, with its reason. A flood of such messages is held back where it comes from,
+    at the socket, which takes in turn from each sender.
     """
 
-    class Config(Settings):
+    class Config(FedSettings):
         """Where to listen, and what the frames are."""
 
-        endpoint: str
         width: int = Field(ge=SIZE_PX, le=16384)
         height: int = Field(ge=SIZE_PX, le=16384)
         dtype: Literal["uint8", "uint16"] = "uint16"
@@ -48,6 +52,7 @@ class ZmqFeed(FedSource):
         self.shape = (config.height, config.width)
         self._config = config
         self._closed = Event()
+        self._kept = Allowance(KEPT_PER_S)
 
     @classmethod
     def build(cls, config: Config, sensor: dict[str, Any]) -> Self:
@@ -70,14 +75,16 @@ class ZmqFeed(FedSource):
         self, sent: SentFrame | BadMessage, numbering: Numbering
     ) -> Iterator[Frame | Dropped]:
         """A frame as one of ours, after the losses before it."""
-        fault = sent.reason if isinstance(sent, BadMessage) else self._misfit(sent)
         if sent.seq is None:
-            yield Dropped(numbering.unnumbered(), "source", f"feed: {fault}")
-            return
-        step = numbering.take(sent.seq)
+            step = Step(numbering.unnumbered(), range(0), restarted=False)
+        else:
+            step = numbering.take(sent.seq)
         for seq in step.lost:
             yield Dropped(seq, "source", "feed: missing in the sender's numbers")
-        if isinstance(sent, BadMessage) or fault:
+        if isinstance(sent, BadMessage):
+            yield self._malformed(step.seq, sent)
+            return
+        if fault := self._misfit(sent):
             yield Dropped(step.seq, "source", f"feed: {fault}")
             return
         info = FrameInfo(
@@ -90,6 +97,13 @@ class ZmqFeed(FedSource):
             pose=sent.pose,
         )
         yield Frame(info, sent.pixels_HW)
+
+    def _malformed(self, seq: int, sent: BadMessage) -> Malformed:
+        """A message that is no frame as a loss, with its bytes unless there were many of late."""
+        kept = self._kept.take()
+        if not kept:
+            self._closed.wait(SLOW_S)
+        return Malformed(seq, "source", f"feed: {sent.reason}", sent.parts if kept else ())
 
     def _misfit(self, sent: SentFrame) -> str:
         """What a frame is instead of one of this feed; empty if it is one."""

@@ -4,6 +4,7 @@ Two parts: a MessagePack map (`FrameHeader`), then the pixels row by row, little
 else. docs/sources.md has the table, examples/ a sender in Python and one in C.
 """
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -63,10 +64,12 @@ class FeedSocket:
             raise
 
     def receive(self, timeout_s: float) -> SentFrame | BadMessage | None:
-        """What came next, None if nothing came in time."""
+        """What came next, None if nothing came in time; what is no frame has its parts with it."""
         if not self._socket.poll(round(timeout_s * 1000)):
             return None
-        return sent_frame([part.buffer for part in self._socket.recv_multipart(copy=False)])
+        parts = [part.buffer for part in self._socket.recv_multipart(copy=False)]
+        sent = sent_frame(parts)
+        return replace(sent, parts=tuple(parts)) if isinstance(sent, BadMessage) else sent
 
     def close(self) -> None:
         """Listen no more; frames that wait here are lost."""

@@ -3,7 +3,6 @@
 A recorder that is too slow misses frames, which it sees by their numbers; it slows nobody.
 """
 
-import logging
 import time
 
 import msgpack
@@ -16,8 +15,7 @@ from pipeline.transport import codec
 from pipeline.transport.sockets import bind, new_socket, reason
 
 QUEUE = 64
-PATIENCE_S = 5.0
-log = logging.getLogger(__name__)
+WELCOME = b"welcome"
 
 
 class FramePublisher:
@@ -29,7 +27,7 @@ class FramePublisher:
         if endpoint is not None:
             self._socket = new_socket(zmq.XPUB)
             self._socket.setsockopt(zmq.SNDHWM, QUEUE)
-            self._socket.setsockopt(zmq.XPUB_WELCOME_MSG, b"welcome")
+            self._socket.setsockopt(zmq.XPUB_WELCOME_MSG, WELCOME)
             self._hold = bind(self._socket, endpoint)
 
     def listen(self) -> None:
@@ -54,6 +52,7 @@ class FrameSubscriber:
     """Receives what a FramePublisher publishes."""
 
     def __init__(self, endpoint: str) -> None:
+        self._endpoint = endpoint
         self._socket = new_socket(zmq.SUB)
         self._socket.setsockopt(zmq.RCVHWM, QUEUE)
         self._socket.setsockopt(zmq.SUBSCRIBE, b"")
@@ -63,13 +62,19 @@ class FrameSubscriber:
             self._socket.close()
             raise PipelineError(f"{endpoint}: not an endpoint ({reason(error)})") from error
 
-    def wait_connected(self) -> None:
-        """Return once every frame from now on will come; the publisher says so."""
-        waited_s = 0.0
-        while not self._socket.poll(round(PATIENCE_S * 1000)):
-            waited_s += PATIENCE_S
-            log.warning("waiting for frames for %.0f s; is the run up?", waited_s)
-        self._socket.recv_multipart()
+    def connected(self, timeout_s: float) -> bool:
+        """True once every frame from now on will come: the publisher says so first of all.
+
+        Raises PipelineError if something else is published there.
+        """
+        if not self._socket.poll(round(timeout_s * 1000)):
+            return False
+        if self._socket.recv_multipart() != [WELCOME]:
+            raise PipelineError(
+                f"{self._endpoint}: what is published there are no frames; give the run's "
+                "publish.endpoint first, then its publish.frames"
+            )
+        return True
 
     def receive(self, timeout_s: float) -> tuple[Frame, Sensor] | None:
         """The next frame and its sensor, None if none came in time.

@@ -30,7 +30,8 @@ class Word:
     """What one side tells the other.
 
     seq: of the frame; of the first of several lost; of `end` and `grant`, how many frames.
-    end: one past the last lost. t_ns: when the frame came in, monotonic.
+    end: one past the last lost. t_ns: when the frame came in, monotonic. code: to exit with, of
+    `failed`; of `work`, how many processes have died on it.
     """
 
     kind: str

@@ -13,12 +13,15 @@ from typing import Any
 import zmq
 
 from pipeline.errors import PipelineError, RunError
+from pipeline.transport.backlog import Backlog
 from pipeline.transport.codec import pack_wire
+from pipeline.transport.refusals import Refusals
 from pipeline.transport.security import ClientKeys, ServerKeys
-from pipeline.transport.sockets import LINGER_MS, bind, new_socket, reason
+from pipeline.transport.sockets import LINGER_MS, bind, new_socket, reason, speak_ip
 
 POLL_MS = 100
 STALL_S = 60
+GRACE_S, GRACE_EVERY_S = 0.01, 0.25
 MAX_TOPIC_BYTES = 1024
 """libzmq walks a topic byte by byte in recursion: one of megabytes overflows its stack."""
 ACKS = b"acks"
@@ -38,6 +41,10 @@ class Publisher:
     lossless: a subscriber that falls `queue` messages behind holds the publisher back (replay);
     otherwise it loses messages, which it sees by the sequence numbers, and slows nobody (live).
     keys: who is let in; None = everybody who can reach the endpoint.
+
+    How many messages it loses only the subscriber can know. `held_back` is an upper bound: messages
+    published while a subscriber was behind (see `backlog`), once for each such subscriber. One that
+    reads nothing has lost all of them, one that is only slow gets some, late.
     """
 
     def __init__(
@@ -52,7 +59,9 @@ class Publisher:
         self._topic = f"targets.{sensor_id}".encode()
         self._lossless = lossless
         self.subscribers = 0
-        self.held_back = 0  # messages a slow subscriber had no room for
+        self.held_back = 0
+        self._backlog = Backlog()
+        self._grace_at = 0.0
         self._acknowledging = 0
         self._acknowledged: list[int] = []
         self._hold = contextlib.ExitStack()
@@ -65,8 +74,11 @@ class Publisher:
         self._socket.setsockopt(zmq.XPUB_VERBOSER, 1)  # to count subscribers of one topic
         if lossless:
             self._socket.setsockopt(zmq.LINGER, round(STALL_S * 1000))
+        self._refusals: Refusals | None = None
         if keys is not None:
             keys.apply(self._socket)
+            self._refusals = Refusals(self._socket)
+            self._hold.callback(self._refusals.close)
         try:
             for endpoint in endpoints:
                 self._hold.enter_context(bind(self._socket, endpoint))
@@ -74,23 +86,56 @@ class Publisher:
             self._hold.close()
             raise
 
+    @property
+    def refused(self) -> int:
+        """Connections that were not let in."""
+        return self._refusals.count if self._refusals else 0
+
     def publish(self, message: dict[str, Any], tick: Tick) -> None:
         """Send one message to all; Stuck if, lossless, one takes nothing for a minute."""
         parts = [self._topic, pack_wire(message)]
-        deadline = time.monotonic() + STALL_S
-        while not self._sent(parts):
-            if not self._lossless:
-                # Some subscriber has no room: it alone goes without.
-                self.held_back += 1
-                self._socket.setsockopt(zmq.XPUB_NODROP, 0)
-                self._socket.send_multipart(parts, zmq.NOBLOCK)
-                self._socket.setsockopt(zmq.XPUB_NODROP, 1)
-                break
-            if time.monotonic() > deadline:
-                raise Stuck(f"a subscriber has taken nothing for {STALL_S} s")
-            tick()
-            time.sleep(0.001)
-        self.listen()
+        if self._lossless:
+            deadline = time.monotonic() + STALL_S
+            while not self._sent(parts):
+                if time.monotonic() > deadline:
+                    raise Stuck(f"a subscriber has taken nothing for {STALL_S} s")
+                tick()
+                time.sleep(0.001)
+        else:
+            self._backlog.look()  # not right after a message was sent, when it waits for everybody
+            if not self._sent_soon(parts):
+                self._backlog.full()
+                self._send_past_the_full(parts)
+            self.held_back += self._backlog.suspects
+        self._listen(0)
+
+    def _sent_soon(self, parts: list[bytes]) -> bool:
+        """False if some queue is full, and not only since libzmq's thread has had no time for it.
+
+        As after hundreds of gaps at once, which a subscriber is not to lose that does keep up.
+        """
+        if self._sent(parts):
+            return True
+        now = time.monotonic()
+        if now < self._grace_at:
+            return False
+        while time.monotonic() < now + GRACE_S:
+            time.sleep(GRACE_S / 20)
+            if self._sent(parts):
+                return True
+        self._grace_at = time.monotonic() + GRACE_EVERY_S
+        return False
+
+    def _send_past_the_full(self, parts: list[bytes]) -> None:
+        """Some subscriber has no room: it alone goes without, until it has."""
+        self._socket.setsockopt(zmq.XPUB_NODROP, 0)
+        self._socket.send_multipart(parts, zmq.NOBLOCK)
+        self._socket.setsockopt(zmq.XPUB_NODROP, 1)
+
+    @property
+    def behind(self) -> int:
+        """Subscribers that had no room for a message and have not caught up since."""
+        return self._backlog.behind
 
     def _sent(self, parts: list[bytes]) -> bool:
         try:
@@ -100,11 +145,20 @@ class Publisher:
         return True
 
     def listen(self, wait_ms: int = 0) -> None:
-        """Take in who has come, gone or acknowledged."""
+        """Take in who has come, gone, acknowledged, caught up, or was refused."""
+        self._backlog.look()
+        self._listen(wait_ms)
+
+    def _listen(self, wait_ms: int) -> None:
+        if self._refusals is not None:
+            self._refusals.listen()
         while self._socket.poll(wait_ms):
-            event = self._socket.recv()
+            frame = self._socket.recv(copy=False)
             wait_ms = 0
+            event = frame.bytes
             change, topic = (1 if event[:1] == b"\x01" else -1), event[1:]
+            if change > 0 and self._topic.startswith(topic):
+                self._backlog.met(_connection(frame))
             if topic.startswith(b"targets."):
                 self.subscribers += change
             elif topic == ACKS:
@@ -139,6 +193,14 @@ class Publisher:
         self._hold.close()
 
 
+def _connection(frame: zmq.Frame) -> int:
+    """The file descriptor a message came through; -1 if it is not known."""
+    try:
+        return int(frame.get(zmq.SRCFD))
+    except zmq.ZMQError:
+        return -1
+
+
 class SubscriberSocket:
     """Receives what a Publisher sends. queue: how many messages may wait here, 0 = any number."""
 
@@ -152,6 +214,7 @@ class SubscriberSocket:
                 keys.apply(self._socket)
             if not endpoint.startswith(("tcp://", "ipc://")):
                 raise zmq.ZMQError(zmq.EPROTONOSUPPORT)
+            speak_ip(self._socket, endpoint)
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
             self._socket.close()

@@ -47,6 +47,12 @@ class ServerKeys:
             )
         for path in clients.glob("*.key"):
             _read(path)
+        for path in (folder, clients, *clients.glob("*.key")):
+            if path.stat().st_mode & 0o022:
+                raise PipelineError(
+                    f"{path}: others can write it, and so let in whom they like; run chmod go-w "
+                    f"{path}"
+                )
         return cls(public, secret, clients)
 
     @contextmanager
@@ -99,8 +105,11 @@ def make_keys(folder: Path, client: str) -> Path:
             f"--client must be up to 64 letters, digits, _ or -, and not `server`, got {client!r}"
         )
     server, own = folder / "server", folder / client
-    if own.exists():
-        raise PipelineError(f"{own}: exists already; remove it or choose another client name")
+    for path in (own, server / "clients" / f"{client}.key"):
+        if path.exists():
+            raise PipelineError(f"{path}: exists already; remove it or choose another client name")
+    if (server / "server.key_secret").exists():
+        _read_pair(server / "server.key_secret")  # before anything is made
     try:
         for path in (folder, server, server / "clients", own):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)

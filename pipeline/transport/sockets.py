@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -10,12 +11,13 @@ from typing import IO
 
 import zmq
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, Unavailable
 
 LINGER_MS = 1000
 COPY_BELOW_BYTES = 65536
 MAX_MESSAGE_BYTES = 1 << 28
 MAX_IPC_PATH_BYTES = 107
+NOT_OURS = (zmq.EADDRNOTAVAIL, errno.ENODEV)
 
 
 def new_socket(kind: int) -> "zmq.Socket[bytes]":
@@ -43,12 +45,17 @@ def bind(socket: "zmq.Socket[bytes]", endpoint: str) -> contextlib.ExitStack:
     try:
         if endpoint.startswith("ipc://"):
             hold.enter_context(_ipc_path(endpoint))
+        speak_ip(socket, endpoint)
         socket.bind(endpoint)
     except zmq.ZMQError as error:
         hold.close()
         socket.close()
         if error.errno == zmq.EADDRINUSE:
             raise _in_use(endpoint) from error
+        if error.errno in NOT_OURS:
+            raise Unavailable(
+                f"{endpoint}: this machine has no such address now; `ip address` shows those it has"
+            ) from error
         raise PipelineError(f"{endpoint}: cannot listen there ({reason(error)})") from error
     except PipelineError:
         socket.close()
@@ -56,13 +63,18 @@ def bind(socket: "zmq.Socket[bytes]", endpoint: str) -> contextlib.ExitStack:
     return hold
 
 
+def speak_ip(socket: "zmq.Socket[bytes]", endpoint: str) -> None:
+    """Make a socket speak IPv6 for an address in brackets: by itself it speaks IPv4 only."""
+    socket.setsockopt(zmq.IPV6, endpoint.startswith("tcp://["))
+
+
 def reason(error: zmq.ZMQError) -> str:
     """What went wrong, in the system's words."""
     return zmq.strerror(error.errno or 0)
 
 
-class AddressInUse(PipelineError):
-    """Somebody else listens there."""
+class AddressInUse(Unavailable):
+    """Somebody else listens there, for now."""
 
 
 def _in_use(endpoint: str) -> AddressInUse:
