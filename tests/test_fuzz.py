@@ -56,11 +56,11 @@ from trainer.trained import WEIGHTS, load_weights
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
 GROWTH_BYTES = 20 << 20
-"""What may be kept after WARM examples, and all rounds after them."""
+"""What may be kept of all rounds after the first; of that, hypothesis itself keeps some."""
 PEAK_BYTES = 100 << 20
 """What may be in use for a moment."""
 HANG_S = 2.0
-WARM, ROUND = 50, 2000
+ROUND = 2000
 """Examples hypothesis makes in one go: it remembers each, a hundred thousand are over 100 MB."""
 CHANGES = st.lists(
     st.tuples(
@@ -99,10 +99,9 @@ def fuzz(test, *inputs):
         test(*values, **named)
         assert time.process_time() - began_s < HANG_S
 
-    rounds = [min(WARM, EXAMPLES), *itertools.repeat(ROUND, EXAMPLES // ROUND)]
-    rounds.append(EXAMPLES - sum(rounds))
-    if rounds[-1] < 0:
-        rounds[-2:] = [sum(rounds[-2:])]
+    warm = min(ROUND, EXAMPLES // 2)
+    later = EXAMPLES - warm
+    rounds = [warm, *itertools.repeat(ROUND, later // ROUND), later % ROUND]
     before = None
     for number, examples in enumerate(rounds):
         if examples > 0:

@@ -104,25 +104,25 @@ def ages_ms(subscriber, frames):
     return ages
 
 
-def test_a_subscriber_that_stops_reading_costs_nobody_else_anything(run_dir):
+def test_a_subscriber_that_stops_reading_costs_nobody_else_anything(run_dir, request):
     metrics = f"127.0.0.1:{free_port()}"
     process = start(run_dir, RUN.format(folder=run_dir, metrics=metrics))
+    request.addfinalizer(process.kill)
     good = Subscriber(f"ipc://{run_dir}/out")
     before = ages_ms(good, 30)
     assert read_figures(metrics).get("irst_subscriber_overflows_total") == 0
     words = [sys.executable, str(ACTORS), "deaf", f"ipc://{run_dir}/out"]
     with subprocess.Popen(words, stdin=-1, stdout=-1, text=True) as deaf:
-        assert deaf.stdout.readline() == "1\n"
+        assert deaf.stdout.readline() == "deaf\n"
         while not read_figures(metrics).get("irst_subscriber_overflows_total"):
             ages_ms(good, 10)
         meanwhile = ages_ms(good, 75)
         overflows = read_figures(metrics).get("irst_subscriber_overflows_total")
         said, _ = deaf.communicate("\n", timeout=DEADLINE_S)
-    _, missed = map(int, said.split())
-    assert missed >= 75, "from when it was full it had nothing"
+    assert int(said) >= 75, "from when it was full it had nothing"
     assert overflows >= 75
-    assert median(meanwhile) < 2 * median(before) + 5
-    assert max(meanwhile) < max(*before, 200)
+    assert median(meanwhile) < max(100, 3 * median(before))
+    assert max(meanwhile) < max(500, 3 * max(before)), "it waits for nobody"
     ages_ms(good, 25)
     process.send_signal(15)
     while (end := good.receive(DEADLINE_S))["schema"] != "irst.eos/1":
