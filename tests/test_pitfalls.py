@@ -117,7 +117,9 @@ def test_a_subscriber_that_stops_reading_costs_nobody_else_anything(run_dir, req
         while not read_figures(metrics).get("irst_subscriber_overflows_total"):
             ages_ms(good, 10)
         meanwhile = ages_ms(good, 75)
-        overflows = read_figures(metrics).get("irst_subscriber_overflows_total")
+        figures = read_figures(metrics)
+        overflows = figures.get("irst_subscriber_overflows_total")
+        assert figures.get("irst_subscribers_behind") == 1
         said, _ = deaf.communicate("\n", timeout=DEADLINE_S)
     assert int(said) >= 75, "from when it was full it had nothing"
     assert overflows >= 75

@@ -57,6 +57,7 @@ class Telemetry:
         self._queue = Gauge("queue_frames", "Frames waiting for a node", ["node"], **given)
         self._held = Gauge("held_frames", "Frames a node's workers hold", ["node"], **given)
         self._subscribers = Gauge("subscribers", "Subscribers connected", **given)
+        self._behind = Gauge("subscribers_behind", "Of those, who is behind", **given)
         self._ready = Gauge("node_ready", "1 if the process is ready", ["node"], **given)
         self._memory = Gauge("node_memory_bytes", "Resident memory", ["node"], **given)
         self._descriptors = Gauge("node_descriptors", "Open file descriptors", ["node"], **given)
@@ -65,7 +66,7 @@ class Telemetry:
             "malformed_messages", "What came in that could not be read", **given
         )
         self._held_back = Counter(
-            "subscriber_overflows", "Messages some slow subscriber went without", **given
+            "subscriber_overflows", "Messages published while a subscriber was behind", **given
         )
         self._refused = Counter("refused_clients", "Connections without a key on the list", **given)
         self._swaps = Counter(
@@ -154,6 +155,7 @@ class Telemetry:
             self._queue.labels(node).set(waiting)
             self._held.labels(node).set(held)
         self._subscribers.set(publisher.subscribers)
+        self._behind.set(publisher.behind)
         totals = {
             self._malformed: dead_letters.count,
             self._held_back: publisher.held_back,

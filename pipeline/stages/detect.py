@@ -15,9 +15,9 @@
 On a mosaic every tile is searched by itself with the matched filter: its median is the background,
 its lower values the noise; no blob reaches beyond its tile, and of 4 only the width is looked at.
 
-On 640 × 512 16-bit pixels the passes of OpenCV over the whole frame take 1.0 ms of one core with
-the default detector, a quarter of it the labelling of regions; the work on a hundred regions
-0.7 ms; searching again adds 0.8 ms.
+On 640 × 512 16-bit pixels with the default detector this takes 1.0 ms of one core, three quarters
+of it passes over the whole frame (docs/latency.md); searching again costs little more, as only what
+is round a mended pixel changes.
 """
 
 import math

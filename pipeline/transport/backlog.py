@@ -70,9 +70,11 @@ class Backlog:
 
     def full(self) -> None:
         """Some subscriber had no room for a message."""
-        for line in self._lines.values():
+        for fd, line in list(self._lines.items()):
             line.empty_looks = 0
-            if line.suspect_since is None:
+            if line.suspect_since is None and line.waiting_bytes() is None:
+                del self._lines[fd]  # it has gone since
+            elif line.suspect_since is None:
                 line.suspect_since, line.waiting_looks = time.monotonic(), 0
 
     def look(self) -> None:
