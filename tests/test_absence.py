@@ -26,6 +26,8 @@ from pipeline.errors import PipelineError
 from pipeline.runtime.dead_letters import DeadLetters
 from pipeline.watch import read_figures
 
+pytestmark = pytest.mark.patient
+
 WIDTH, HEIGHT = 160, 128
 
 

@@ -29,6 +29,8 @@ from pipeline.transport.hub import HubSocket, NodeSocket, Word
 from pipeline.transport.sockets import MAX_MESSAGE_BYTES
 from pipeline.watch import read_figures
 
+pytestmark = pytest.mark.patient
+
 ACTORS = Path(__file__).with_name("chaos_actors.py")
 SMALLER = 1 << 20
 

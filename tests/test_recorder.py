@@ -177,6 +177,7 @@ def test_recordings_of_recorders_before_are_counted_and_make_room(tmp_path):
     assert all(path.exists() for path in others)
 
 
+@pytest.mark.patient
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_recording_nothing_is_no_success(run_dir, number):
     writer = recorder(run_dir)

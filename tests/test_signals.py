@@ -21,6 +21,8 @@ from pipeline.runtime.run_folder import run_folder
 from pipeline.summary import print_accounting
 from pipeline.transport.hub import HubSocket
 
+pytestmark = pytest.mark.patient
+
 
 def spares(pid, number):
     """True if the process ignores or handles a signal."""

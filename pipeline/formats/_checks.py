@@ -18,11 +18,12 @@ FORMAT_VERSION = 1
 UNSIGNED = ("uint8", "uint16")
 
 _STORE_ERRORS = (
-    OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, MemoryError,
-    SystemError,
+    OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError,
+    ArithmeticError, MemoryError, SystemError,
 )  # fmt: skip
 """What zarr and its codecs raise on metadata and chunks they cannot make sense of, AttributeError
-on JSON that is no map; the last two come of a chunk that claims a size beyond reason."""
+on JSON that is no map, ArithmeticError on a number too large for its type; the last two come of a
+chunk that claims a size beyond reason."""
 
 
 @contextmanager
