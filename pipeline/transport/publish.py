@@ -113,12 +113,11 @@ class Publisher:
         """False if some queue is full, and not only since libzmq's thread has had no time for it.
 
         As after hundreds of gaps at once, which a subscriber is not to lose that does keep up.
-        While one is known to be behind nobody waits for it.
         """
         if self._sent(parts):
             return True
         now = time.monotonic()
-        if self._backlog.behind or now < self._grace_at:
+        if now < self._grace_at:
             return False
         while time.monotonic() < now + GRACE_S:
             time.sleep(GRACE_S / 20)
