@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.imaging.regions import Image
+from pipeline.imaging.sampling import mirrored
 from pipeline.physics.compiled import compiled, read_only
 
 
@@ -43,12 +44,6 @@ def compile_passes() -> None:
     for dtype in (np.uint8, np.uint16, np.float32):
         filter_residual(some.astype(dtype), some, kernel)
     divide_by_noise(some.copy(), some)
-
-
-@compiled
-def _mirrored(index, length):
-    """Off the image it is mirrored at its outermost pixels."""
-    return length - 1 - abs(length - 1 - abs(index))
 
 
 @compiled
@@ -90,18 +85,18 @@ def _along(row, kernel, out):
         x = n if n < radius else number + n
         out[x] = 0.0
         for k in range(len(kernel)):
-            out[x] += kernel[k] * row[_mirrored(x + k - radius, width)]
+            out[x] += kernel[k] * row[mirrored(x + k - radius, width)]
 
 
 @compiled
 def _across(ring, y, height, kernel, out):
     """Correlate the rows round row y with the kernel; row n is the ring's n modulo its length."""
     radius, length = len(kernel) // 2, len(ring)
-    before, after = _mirrored(y - radius, height), _mirrored(y + radius, height)
+    before, after = mirrored(y - radius, height), mirrored(y + radius, height)
     middle = ring[y % length]
     _begin(kernel[radius], middle, kernel[0], ring[before % length], ring[after % length], out)
     for k in range(1, radius):
-        before, after = _mirrored(y - radius + k, height), _mirrored(y + radius - k, height)
+        before, after = mirrored(y - radius + k, height), mirrored(y + radius - k, height)
         _add(kernel[k], ring[before % length], ring[after % length], out)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.imaging.regions import Image, Regions
-from pipeline.imaging.sampling import Integers, square_ring
+from pipeline.imaging.sampling import Integers, mirrored, square_ring
 from pipeline.physics.compiled import compiled, read_only
 from pipeline.physics.psf import pixel_response
 
@@ -106,17 +106,11 @@ def brightest(image_HW: Image, xy: Integers, steps: Integers) -> Image:
 
 
 @compiled
-def _mirrored(index, length):
-    """Off the image it is mirrored at its outermost pixels."""
-    return length - 1 - abs(length - 1 - abs(index))
-
-
-@compiled
 def _around(image, x, y, values):
     """Fill values (9,) with the 3 × 3 pixels round a place, row by row."""
     height, width = image.shape
     for n in range(9):
-        row, column = _mirrored(y - 1 + n // 3, height), _mirrored(x - 1 + n % 3, width)
+        row, column = mirrored(y - 1 + n // 3, height), mirrored(x - 1 + n % 3, width)
         values[n] = image[row, column]
 
 
@@ -138,8 +132,8 @@ def _brightest(image, xy, steps, result):
     for n in range(len(xy)):
         result[n] = -np.inf
         for k in range(len(steps)):
-            row = _mirrored(xy[n, 1] + steps[k, 1], height)
-            column = _mirrored(xy[n, 0] + steps[k, 0], width)
+            row = mirrored(xy[n, 1] + steps[k, 1], height)
+            column = mirrored(xy[n, 0] + steps[k, 0], width)
             result[n] = max(result[n], image[row, column])
 
 
@@ -189,7 +183,7 @@ def _is_spike(image, x, y, sigma, spike, near, far):
     ring, weight, shortfall_sigmas = spike
     height, width = image.shape
     for k in range(len(ring)):
-        far[k] = image[_mirrored(y + ring[k, 1], height), _mirrored(x + ring[k, 0], width)]
+        far[k] = image[mirrored(y + ring[k, 1], height), mirrored(x + ring[k, 0], width)]
     _sort(far)
     _around(image, x, y, near)
     near -= far[len(ring) // 2]

@@ -1,9 +1,13 @@
+# mypy: allow-untyped-defs, allow-untyped-calls
+# ruff: noqa: ANN001, ANN201
 """Reading an image at some places only, vectorised."""
 
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.physics.compiled import compiled
 
 Integers = NDArray[np.int64]
 
@@ -53,3 +57,9 @@ def as_tiles(image_HW: NDArray[Any], size_px: int, pitch_px: int) -> NDArray[Any
         (pitch_px * y_step, y_step, pitch_px * x_step, x_step),
     )
     return tiles
+
+
+@compiled
+def mirrored(index, length):
+    """For compiled loops: off the image it is mirrored at its outermost pixels."""
+    return length - 1 - abs(length - 1 - abs(index))
