@@ -1,18 +1,29 @@
 """What flows: Frame → Blobs → Patches → Unmixed → TargetReport, from stage to stage.
 
-Frozen dataclasses of numpy arrays; what subscribers are sent of them is in wire.py. Axes: H, W
+Frozen structs of numpy arrays; what subscribers are sent of them is in wire.py. Axes: H, W
 pixels; N groups (one a blob); B patches; M targets. x is the column, y the row.
 """
 
-from dataclasses import dataclass
 from enum import IntFlag
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 MAX_COUNT = 5
 """Count posteriors run over 0, 1, …, 4 and "5 or more"."""
+
+
+Text = Annotated[str, Meta(max_length=4096)]
+Texts = Annotated[tuple[Text, ...], Meta(max_length=4096)]
+
+
+class Message(Struct, frozen=True, forbid_unknown_fields=True):
+    """What can be sent to another process: its fields' types and limits are checked there.
+
+    As of a frozen dataclass; `msgspec.structs.replace` makes another with some fields changed.
+    """
 
 
 class Flag(IntFlag):
@@ -38,16 +49,14 @@ class Flag(IntFlag):
         return [str(flag.name).lower() for flag in self]
 
 
-@dataclass(frozen=True)
-class Tiling:
+class Tiling(Message, frozen=True):
     """A frame that is a mosaic of independent square tiles; no window may straddle two."""
 
     size_px: int
     pitch_px: int
 
 
-@dataclass(frozen=True)
-class Pose:
+class Pose(Message, frozen=True):
     """Where a camera looks: azimuth clockwise from north, elevation up, roll clockwise; radians."""
 
     az_rad: float
@@ -55,8 +64,7 @@ class Pose:
     roll_rad: float
 
 
-@dataclass(frozen=True)
-class FrameInfo:
+class FrameInfo(Message, frozen=True):
     """What every message keeps of the frame it came from.
 
     t_exposure_ns: middle of the exposure, on the clock named `clock`. flags: remarks of the
@@ -64,46 +72,42 @@ class FrameInfo:
     """
 
     seq: int
-    sensor_id: str
+    sensor_id: Text
     t_exposure_ns: int
-    clock: str
+    clock: Text
     shape: tuple[int, int]
-    flags: tuple[str, ...] = ()
+    flags: Texts = ()
     tiling: Tiling | None = None
     pose: Pose | None = None
 
 
-@dataclass(frozen=True)
-class SentFrame:
+class SentFrame(Message, frozen=True):
     """A frame as another program sent it (`irst.frame/1`): its number is the sender's."""
 
     seq: int
     t_exposure_ns: int
-    clock: str
+    clock: Text
     pixels_HW: NDArray[Any]
-    flags: tuple[str, ...]
+    flags: Texts
     pose: Pose | None
 
 
-@dataclass(frozen=True)
-class BadMessage:
+class BadMessage(Message, frozen=True):
     """What another program sent is no frame, and why; seq is the sender's if it could be read."""
 
     seq: int | None
-    reason: str
+    reason: Text
     parts: tuple[Any, ...] = ()
 
 
-@dataclass(frozen=True)
-class Frame:
+class Frame(Message, frozen=True, tag=True):
     """One exposure in counts."""
 
     info: FrameInfo
     pixels_HW: NDArray[Any]
 
 
-@dataclass(frozen=True)
-class Blobs:
+class Blobs(Message, frozen=True, tag=True):
     """Connected bright regions of a frame, one a group of targets."""
 
     info: FrameInfo
@@ -115,8 +119,7 @@ class Blobs:
     flags: NDArray[np.uint16]  # (N,)
 
 
-@dataclass(frozen=True)
-class Patches:
+class Patches(Message, frozen=True, tag=True):
     """Windows round the groups that can be unmixed; the others (EXTENDED, CLUTTER…) have none."""
 
     info: FrameInfo
@@ -130,8 +133,7 @@ class Patches:
     flags: NDArray[np.uint16]  # (N,)
 
 
-@dataclass(frozen=True)
-class Unmixed:
+class Unmixed(Message, frozen=True, tag=True):
     """Targets found in the patches, in frame coordinates; a refining stage gives them anew."""
 
     patches: Patches
@@ -145,8 +147,8 @@ class Unmixed:
     intensity_sigma: NDArray[np.float64]  # (M,) counts
     joint_px2: NDArray[np.float64]  # (B, 2K, 2K) of x, y of a patch's refined targets, NaN: unsaid
     cell_px: float  # what a position is good for where there is no covariance
-    engine: str  # hash of the engine that found them
-    source: str  # name of the method the positions come from
+    engine: Text  # hash of the engine that found them
+    source: Text  # name of the method the positions come from
 
     @property
     def info(self) -> FrameInfo:
@@ -154,8 +156,7 @@ class Unmixed:
         return self.patches.info
 
 
-@dataclass(frozen=True)
-class Angles:
+class Angles(Message, frozen=True):
     """Where targets are seen, for a sensor whose geometry is known."""
 
     az_rad: NDArray[np.float64]  # (M,) clockwise from north, −π…π
@@ -163,8 +164,7 @@ class Angles:
     cov_rad2: NDArray[np.float64]  # (M, 3) az az, az el, el el
 
 
-@dataclass(frozen=True)
-class Objects:
+class Objects(Message, frozen=True, tag=True):
     """What a detector of whole frames, beside the flow, saw in a frame."""
 
     info: FrameInfo
@@ -173,32 +173,30 @@ class Objects:
     score: NDArray[np.float64]  # (K,) as the network gives it
     point_source: NDArray[np.bool_]  # (K,) of a class that is a target
     odds: NDArray[np.float64]  # (K,) log-odds that a point source is in the box, calibrated
-    labels: tuple[str, ...]
+    labels: Texts
     prior_odds: float  # the same before a box's score is known
     missed_odds: float  # what having no box adds to the log-odds of a point source
     margin_px: float  # of a box round its targets
     centre_sigma_px: float  # error of a box's middle along an axis
-    engine: str  # hash of the engine that found them
+    engine: Text  # hash of the engine that found them
 
 
-@dataclass(frozen=True)
-class Fusion:
+class Fusion(Message, frozen=True):
     """What came of a detector's word: its labels and boxes, a row a group."""
 
-    engine: str  # hash of the detector, "" where it said nothing
-    missing: str  # why it said nothing, "" where it did
-    label: tuple[str, ...]  # (N,) "" where there is no box
+    engine: Text  # hash of the detector, "" where it said nothing
+    missing: Text  # why it said nothing, "" where it did
+    label: Texts  # (N,) "" where there is no box
     box_px: NDArray[np.float64]  # (N, 4) NaN where there is none
     p_box: NDArray[np.float64]  # (N,) that a point source is in the box; NaN where there is none
 
 
-@dataclass(frozen=True)
-class TargetReport:
+class TargetReport(Message, frozen=True, tag=True):
     """The targets of a frame as published, without what only the running system knows."""
 
     info: FrameInfo
-    engine: str
-    source: str
+    engine: Text
+    source: Text
     refined: NDArray[np.bool_]  # (M,) fitted to the counts
     group: NDArray[np.int32]  # (M,) row among the groups
     xy_px: NDArray[np.float64]  # (M, 2)
@@ -216,24 +214,21 @@ class TargetReport:
     fusion: Fusion | None = None
 
 
-@dataclass(frozen=True)
-class Dropped:
+class Dropped(Message, frozen=True, tag=True):
     """A frame that will not be published, where it was lost and why."""
 
     seq: int
-    stage: str
-    reason: str
+    stage: Text
+    reason: Text
 
 
-@dataclass(frozen=True)
-class Malformed(Dropped):
+class Malformed(Dropped, frozen=True, tag=True):
     """Of a source: what came in place of the frame made none; its bytes, if they are to be kept."""
 
     parts: tuple[Any, ...] = ()
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(Message, frozen=True):
     """A frame's targets and what a detector beside the flow saw in it, or why it said nothing."""
 
     report: TargetReport
@@ -245,9 +240,8 @@ class Seen:
         return self.report.info
 
 
-@dataclass(frozen=True)
-class Trace:
+class Trace(Message, frozen=True):
     """When a frame entered, on the monotonic clock, and what each stage and hop took since."""
 
     t_ingest_ns: int
-    stage_ns: dict[str, int]
+    stage_ns: Annotated[dict[Text, int], Meta(max_length=256)]

@@ -13,8 +13,9 @@ import pytest
 from pipeline.formats.recording import RecordingWriter
 from pipeline.physics.scene import Scene, SceneSettings
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background of a script
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Whoever started this may ignore them (a script's background, nohup), and so would its processes.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 BIN = Path(sys.executable).parent
 Command = Callable[..., subprocess.CompletedProcess[str]]

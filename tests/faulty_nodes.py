@@ -3,8 +3,9 @@
 import os
 import signal
 import time
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from pipeline.errors import PipelineError
 from pipeline.messages import Dropped, Unmixed

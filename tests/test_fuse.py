@@ -1,11 +1,10 @@
 """Fusing targets with the boxes of a detector, on messages made by hand."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from scipy.special import expit, logit
 
 from pipeline.imaging.judgement import independent_count

@@ -1,9 +1,8 @@
 """What a report says of a frame's targets, compiled, held to its definitions."""
 
-from dataclasses import fields, replace
-
 import numpy as np
 import pytest
+from msgspec.structs import fields, replace
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.special import ndtr
 

@@ -11,6 +11,7 @@ import faulty_nodes
 import numpy as np
 import onnx
 import pytest
+from msgspec import structs
 from onnx import numpy_helper
 from tiny_yolo import write_tiny_yolo
 
@@ -220,7 +221,8 @@ def compared(old, new, *, old_ms=4.0, new_ms=4.0, same_targets=True, **settings)
 TWO = report([[4.0, 5.0], [20.0, 9.0]], [0, 2])
 SAID = Fusion("yolo", "", ("",) * 3, np.full((3, 4), np.nan), np.full(3, np.nan))
 FUSED, UNFUSED = (
-    replace(TWO, fusion=replace(SAID, missing=missing)) for missing in ("", "too late")
+    structs.replace(TWO, fusion=structs.replace(SAID, missing=missing))
+    for missing in ("", "too late")
 )
 
 

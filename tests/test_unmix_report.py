@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cell_maps import cell_map
+from msgspec import structs
 from numpy.testing import assert_allclose, assert_array_equal
 
 from engines.base import Engine
@@ -212,7 +213,9 @@ def test_as_many_as_a_group_may_have_are_no_crowd(number, flags):
     assert report.group_flags.tolist() == [flags]
     assert set(report.flags.tolist()) == {flags}
     few = np.arange(len(unmixed.patch)) < 3  # as a fit leaves of generous candidates
-    fewer = replace(unmixed, **{name: getattr(unmixed, name)[few] for name in Candidates._fields})
+    fewer = structs.replace(
+        unmixed, **{name: getattr(unmixed, name)[few] for name in Candidates._fields}
+    )
     assert Report(Report.Config(), SENSOR).process(fewer).group_flags.tolist() == [0]
 
 
@@ -374,7 +377,7 @@ def test_refining_moves_targets_off_the_grid_and_says_so():
     truth = [[(5.2, 4.7, 3000.0)], [(4.7, 5.1, 2500.0), (5.5, 4.9, 1800.0)]]
     patches, _ = scene(truth)
     snapped = [[(5.0, 4.67, 2500.0)], [(4.67, 5.0, 2000.0), (5.67, 5.0, 2000.0)]]
-    unmixed = replace(unmixed_from(snapped), patches=patches)
+    unmixed = structs.replace(unmixed_from(snapped), patches=patches)
     refined = Refine(Refine.Config(), SENSOR).process(unmixed)
     assert refined.patch.tolist() == [0, 1, 1]
     assert refined.refined.all()
@@ -398,7 +401,7 @@ def test_where_the_fit_fails_the_networks_answer_is_kept():
 
 def test_refining_a_frame_without_targets_changes_nothing():
     unmixed = unmixed_from([[(5.0, 5.0, 900.0)]])
-    empty = replace(
+    empty = structs.replace(
         unmixed,
         patch=unmixed.patch[:0],
         xy_px=unmixed.xy_px[:0],

@@ -1,9 +1,9 @@
 """Between messages and the fit: what was measured in the patches, and what the fit made of it."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from pipeline.messages import Flag, Patches, Unmixed
 from pipeline.physics.candidates import Candidates

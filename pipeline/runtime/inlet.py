@@ -8,8 +8,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
+
+from msgspec.structs import replace
 
 from pipeline.component import Source
 from pipeline.errors import PipelineError, RunError, told
@@ -28,8 +29,7 @@ class Intake(ctypes.Structure):
     _fields_ = (("taken", ctypes.c_int64), ("waiting", ctypes.c_int64))
 
 
-@dataclass(frozen=True)
-class Shed:
+class Shed(NamedTuple):
     """Frames `first` … `end` − 1 were lost before any stage saw them.
 
     malformed: what came in their place made no frames; parts are the bytes of one of them.
@@ -46,8 +46,7 @@ class Shed:
         return (self.reason, self.malformed) == (other.reason, other.malformed)
 
 
-@dataclass(frozen=True)
-class Taken:
+class Taken(NamedTuple):
     """A frame and when it came in, monotonic."""
 
     frame: Frame
@@ -181,7 +180,7 @@ class Inlet:
             item = Shed(seq, seq + 1, reason)
         before = self._shed[-1] if self._shed else None
         if before is not None and not item.parts and before.alike(item):
-            self._shed[-1] = replace(before, end=item.end)
+            self._shed[-1] = before._replace(end=item.end)
         else:
             self._shed.append(item)
 

@@ -1,9 +1,9 @@
 """Frame → frame: raw counts made uniform, before anything looks at them."""
 
-from dataclasses import replace
 from typing import Any, Literal, Self
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from pipeline.component import Context, Settings, Stage

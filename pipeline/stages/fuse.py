@@ -22,10 +22,10 @@ Where it said nothing in time the targets are as they were, and the message says
 """
 
 import math
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from pydantic import Field
 from scipy.special import expit, logit

@@ -1,7 +1,6 @@
 """Off the grid: the targets of each patch fitted together on the censored likelihood."""
 
-from dataclasses import replace
-
+from msgspec.structs import replace
 from pydantic import Field, model_validator
 
 from pipeline.component import Settings, Stage

@@ -4,11 +4,11 @@ Two parts: a MessagePack map (`FrameHeader`), then the pixels row by row, little
 else. docs/sources.md has the table, examples/ a sender in Python and one in C.
 """
 
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import zmq
+from msgspec.structs import replace
 from pydantic import Field, ValidationError
 
 from pipeline.errors import PipelineError

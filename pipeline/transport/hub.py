@@ -8,13 +8,13 @@ makes of it; the answer goes ahead of the work it belongs to, as `beside`, or th
 there is none.
 """
 
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
-import msgpack
+import msgspec
 import zmq
+from msgspec import Meta, Struct
 
-from pipeline.transport.codec import CodecError
+from pipeline.transport.codec import CodecError, misfit
 from pipeline.transport.sockets import COPY_BELOW_BYTES, bind, new_socket
 
 MAX_WORD_BYTES = 16384
@@ -25,8 +25,11 @@ FROM_NODE = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Word:
+Number = Annotated[int, Meta(ge=0)]
+Line = Annotated[str, Meta(max_length=MAX_TEXT)]
+
+
+class Word(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What one side tells the other.
 
     seq: of the frame; of the first of several lost; of `end` and `grant`, how many frames.
@@ -34,22 +37,20 @@ class Word:
     `failed`; of `work`, how many processes have died on it.
     """
 
-    kind: str
-    seq: int = 0
-    end: int = 0
+    kind: Line
+    seq: Number = 0
+    end: Number = 0
     t_ns: int = 0
-    stage: str = ""
-    text: str = ""
+    stage: Line = ""
+    text: Line = ""
     code: int = 0
 
     def pack(self) -> bytes:
         """As the first part of a message."""
-        values = self.kind, self.seq, self.end, self.t_ns, self.stage, self.text, self.code
-        packed: bytes = msgpack.packb(values)
-        return packed
+        return msgspec.msgpack.encode(self)
 
 
-_TYPES = [field.type for field in fields(Word)]
+_WORDS = msgspec.msgpack.Decoder(Word)
 
 
 def read_word(part: Any, kinds: frozenset[str]) -> Word:
@@ -57,16 +58,11 @@ def read_word(part: Any, kinds: frozenset[str]) -> Word:
     if memoryview(part).nbytes > MAX_WORD_BYTES:
         raise CodecError(f"word: larger than {MAX_WORD_BYTES} bytes")
     try:
-        values = msgpack.unpackb(part, max_str_len=4 * MAX_TEXT, max_array_len=len(_TYPES))
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise CodecError(f"word: not MessagePack within limits ({error})") from error
-    if not isinstance(values, list) or [type(value) for value in values] != _TYPES:
-        raise CodecError(f"word: {values!r:.80} is none")
-    word = Word(*values)
+        word = _WORDS.decode(part)
+    except (ValueError, RecursionError) as error:
+        raise misfit("word", error) from error
     if word.kind not in kinds:
         raise CodecError(f"word: {word.kind!r:.80} is none of {', '.join(sorted(kinds))}")
-    if word.seq < 0 or word.end < 0:
-        raise CodecError("word: frame numbers must not be negative")
     return word
 
 
