@@ -1,5 +1,11 @@
 """OpenVINO on the CPU: the engine wherever there is no better one.
 
+A batch is shared out among lanes, one a core: each is the network compiled for one thread that
+never leaves its core. No layer waits for another thread then, and a thread that is woken finds its
+core: left to the scheduler, a virtual machine's often queues it behind the thread that wakes it,
+and a frame's patches take twice as long (docs/latency.md). What infers single images, or is given
+fewer threads than there are cores, is one network compiled for all of them.
+
 Precision is set on purpose: left alone, OpenVINO computes in bfloat16 on CPUs that have it. A
 portable model runs in f32; what else is as good and faster here, `trainer compile` measures. In
 f32 a patch's map has the same bits in any batch and on any number of threads.
@@ -8,6 +14,10 @@ What the network is told of the sensor (`manifest.conditions`) becomes a constan
 is compiled, so that all that follows from it is computed once.
 """
 
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +31,9 @@ from engines.cache import cache_folder
 from engines.errors import EngineError
 from engines.manifest import EngineManifest
 
+MAX_LANES = 16
+_libc = ctypes.CDLL(None)
+ANYWHERE: list[int | None] = [None]
 CAPABILITY = {"f32": "FP32", "f16": "FP16", "bf16": "BF16", "int8": "INT8"}
 """What OpenVINO calls a precision the CPU has instructions for."""
 
@@ -39,17 +52,19 @@ class OpenvinoCpu(Engine[Kind]):
         for name in manifest.conditions:
             _tell(network, name, getattr(options, name), model)
         _check_shapes(network, manifest, model)
+        properties = _properties(manifest.build, options)
+        cores = _cores(manifest, properties)
+        if cores != ANYWHERE:
+            properties |= {"INFERENCE_NUM_THREADS": 1, "ENABLE_CPU_PINNING": False}
         try:
-            compiled = openvino.compile_model(network, "CPU", _properties(manifest.build, options))
+            self._lanes = [_Lane(network, properties, core) for core in cores]
         except RuntimeError as error:
             raise EngineError(
                 f"{model}: OpenVINO cannot compile it ({_last_line(error)}); export it again, or "
                 "use another release of openvino"
             ) from error
-        self._requests = [compiled.create_infer_request() for _ in range(IN_FLIGHT)]
-        self._given: dict[int, openvino.Tensor] = {}  # the patches of each request
-        for batch in sorted({1, manifest.max_batch}):
-            for _ in self._requests:
+        for batch in sorted({len(self._lanes), manifest.max_batch}):
+            for _ in range(IN_FLIGHT):
                 self.infer(np.zeros((batch, *manifest.patch_shape), np.float32))
 
     @classmethod
@@ -60,23 +75,70 @@ class OpenvinoCpu(Engine[Kind]):
         return [f"precision {build.precision}: this CPU has no instructions for it"]
 
     def _begin(self, slot: int, patch_BHW: Patches) -> None:
-        if not self._requests:
+        if not self._lanes:
             raise RuntimeError(f"engine {self.manifest.name} is closed")
-        # Given to `start_async` itself, patches are dispatched in Python: 0.04 ms, cold 0.16.
-        # OpenVINO reads in place only what could be written to, and a request keeps no hold of it.
+        # OpenVINO reads in place only what could be written to.
         shared = patch_BHW if patch_BHW.flags.writeable else patch_BHW.copy()
-        self._given[slot] = openvino.Tensor(shared, shared_memory=True)
-        self._requests[slot].set_input_tensor(0, self._given[slot])
-        self._requests[slot].start_async()
+        shares = self._shares(len(shared))
+        # Last the one on this core: its thread takes the core from this one, before it begins more.
+        here = _libc.sched_getcpu() if len(shares) > 1 else None
+        for lane, part in sorted(shares, key=lambda share: share[0].core == here):
+            lane.begin(slot, shared[part])
 
     def _finish(self, slot: int, map_BHW: Maps) -> None:
-        request = self._requests[slot]
-        request.wait()
-        map_BHW[...] = request.get_output_tensor(0).data
+        for lane, part in self._shares(len(map_BHW)):
+            lane.finish(slot, map_BHW[part])
+
+    def _shares(self, number: int) -> list[tuple["_Lane", slice]]:
+        """Which lane does which of so many patches, as evenly as can be."""
+        lanes = self._lanes[:number]
+        ends = [number * n // len(lanes) for n in range(len(lanes) + 1)]
+        return [(lane, slice(*ends[n : n + 2])) for n, lane in enumerate(lanes)]
 
     def close(self) -> None:
         """Let go of the compiled model."""
-        self._requests, self._given = [], {}
+        self._lanes = []
+
+
+class _Lane:
+    """A compiled network and its requests, one a slot; core: its threads run there alone."""
+
+    def __init__(self, network: Any, properties: dict[str, Any], core: int | None) -> None:
+        with _on(core):
+            compiled = openvino.compile_model(network, "CPU", properties)
+        self.core = core
+        self._requests = [compiled.create_infer_request() for _ in range(IN_FLIGHT)]
+        self._given: dict[int, openvino.Tensor] = {}  # requests keep no hold of their patches
+
+    def begin(self, slot: int, patch_BHW: Patches) -> None:
+        # Given to `start_async` itself, patches are dispatched in Python: 0.04 ms, cold 0.16.
+        self._given[slot] = openvino.Tensor(patch_BHW, shared_memory=True)
+        self._requests[slot].set_input_tensor(0, self._given[slot])
+        self._requests[slot].start_async()
+
+    def finish(self, slot: int, map_BHW: Maps) -> None:
+        self._requests[slot].wait()
+        map_BHW[...] = self._requests[slot].get_output_tensor(0).data
+
+
+@contextlib.contextmanager
+def _on(core: int | None) -> Iterator[None]:
+    """Threads that are started meanwhile stay on this core, which they inherit; None: anywhere."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, before if core is None else {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _cores(manifest: EngineManifest, properties: dict[str, Any]) -> list[int | None]:
+    """The core of each lane; one lane ANYWHERE if patches are not shared out."""
+    cores = sorted(os.sched_getaffinity(0))
+    alone = properties.get("INFERENCE_NUM_THREADS", len(cores)) < len(cores)
+    if manifest.max_batch == 1 or properties["NUM_STREAMS"] > 1 or alone:
+        return ANYWHERE
+    return [*cores[:MAX_LANES]]
 
 
 def _properties(build: Build | None, options: Options) -> dict[str, Any]:

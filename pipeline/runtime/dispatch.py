@@ -110,7 +110,12 @@ class Dispatcher:
         self.ended = True
 
     def grant(self) -> int:
-        """How many frames more the front may send than it has been told; it is told now."""
+        """How many frames more the front may send than it has been told; it is told now.
+
+        Not while it may send one and others are on their way: the message would cost these time.
+        """
+        if self._granted and self._jobs:
+            return 0
         row = self._rows[:2][-1]  # the edge out of the front; its own where no other node is
         room = row.capacity - self._granted
         if row.overflow == "block":
