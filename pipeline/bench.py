@@ -108,7 +108,7 @@ class Bench:
 
 def _collect(messages: Any) -> Summary:
     summary = Summary()
-    for message, _ in messages:
+    for message in messages:
         summary.add(message)
     return summary
 

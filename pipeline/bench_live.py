@@ -86,7 +86,7 @@ def live_run(config: PipelineConfig) -> Run:
     source.close()
     run = Run()
     with Supervisor(config, "live", sensor, shape) as supervisor:
-        for number, (message, _) in enumerate(supervisor.messages()):
+        for number, message in enumerate(supervisor.messages()):
             if message["schema"] == "irst.targets/1":
                 run.ages_ms.append(message["age_ns"] / 1e6)
                 run.fused += message.get("fusion", {}).get("missing") == ""
@@ -153,9 +153,7 @@ def run_live_bench(frames: int, engine: str | None, seconds: float, soak_s: floa
 
 def _overload(row: Any, scene: Bench, seconds: float) -> None:
     source = open_source(scene.config())
-    stamps = [
-        m["stage_ns"] for m, _ in replay.over_zeromq(scene.config(), source) if "stage_ns" in m
-    ]
+    stamps = [m["stage_ns"] for m in replay.over_zeromq(scene.config(), source) if "stage_ns" in m]
     source.close()
     slowest_ns = max(
         float(np.mean([sum(stamp[stage] for stage in node.stages) for stamp in stamps]))

@@ -86,7 +86,7 @@ def replay(
         stack.callback(messages.close)  # type: ignore[attr-defined]
         progress = stack.enter_context(_progress())
         task = progress.add_task("replay", total=source.length)
-        for message, _ in messages:
+        for message in messages:
             summary.add(message)
             if message["schema"] == "irst.targets/1":
                 progress.advance(task)

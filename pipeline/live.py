@@ -57,7 +57,7 @@ def run(config: ConfigOption = None, engine: EngineOption = None) -> None:
         where = settings.publish.endpoint or "no endpoint (publish.endpoint is null)"
         status = Status(console, f"publishing {sensor.id} on {where}; Ctrl-C ends it")
         with supervisor, status:
-            for message, _ in supervisor.messages():
+            for message in supervisor.messages():
                 status.add(message)
                 end = message
                 if end["schema"] == "irst.eos/1":

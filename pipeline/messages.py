@@ -4,6 +4,7 @@ Frozen structs of numpy arrays; what subscribers are sent of them is in wire.py.
 pixels; N groups (one a blob); B patches; M targets. x is the column, y the row.
 """
 
+import re
 from enum import IntFlag
 from typing import Annotated, Any
 
@@ -24,6 +25,12 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True):
 
     As of a frozen dataclass; `msgspec.structs.replace` makes another with some fields changed.
     """
+
+
+def misfit(name: str, error: Exception) -> str:
+    """What is wrong with what is called `name`, as msgspec found, and where in it."""
+    said = re.sub(r"`float` [<>]= -?1\.79\S+", "a finite `float`", str(error))
+    return f"{name}: {said}".replace("`$", f"`{name}")  # "Expected `int`, got … - at `$.info.seq`"
 
 
 class Flag(IntFlag):

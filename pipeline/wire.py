@@ -1,39 +1,40 @@
 """The maps sent to subscribers: plain types that any language reads from MessagePack."""
 
+import sys
 from functools import cache
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
+from msgspec import Meta, Struct, ValidationError, convert
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pipeline.messages import MAX_COUNT, Flag, Fusion, TargetReport
+from pipeline.messages import MAX_COUNT, Flag, Fusion, TargetReport, misfit
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+LARGEST = sys.float_info.max
+Finite = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
+NonNegative = Annotated[float, Meta(ge=0.0, le=LARGEST)]
+Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
+Symmetric = Annotated[list[Finite], Meta(min_length=3, max_length=3)]
+Box = Annotated[list[int], Meta(min_length=4, max_length=4)]
+Model = TypeVar("Model", bound=Struct)
+Posterior = Annotated[list[Probability], Meta(min_length=MAX_COUNT + 1, max_length=MAX_COUNT + 1)]
 
 
-class Wire(BaseModel):
+class Wire(Struct, frozen=True, forbid_unknown_fields=True, tag_field="schema"):
     """A map of plain types; unknown keys and values of another type are errors."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+class Columns(Struct, frozen=True, forbid_unknown_fields=True):
+    """Lists of one length, or None."""
 
-class _Columns(Wire):
-    @model_validator(mode="after")
-    def _equally_long(self) -> Self:
-        columns = {name: getattr(self, name) for name in type(self).model_fields}
+    def __post_init__(self) -> None:
+        columns = {name: getattr(self, name) for name in self.__struct_fields__}
         lengths = {name: len(column) for name, column in columns.items() if column is not None}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"columns differ in length: {lengths}")
-        return self
 
 
-Symmetric = Annotated[list[Finite], Field(min_length=3, max_length=3)]
-
-
-class TargetColumns(_Columns):
+class TargetColumns(Columns, frozen=True):
     """One entry a target in every column; angles only from a sensor that has them."""
 
     id: list[int]
@@ -53,7 +54,7 @@ class TargetColumns(_Columns):
     cov_rad2: list[Symmetric] | None = None
 
 
-class GroupColumns(_Columns):
+class GroupColumns(Columns, frozen=True):
     """One entry a group in every column.
 
     joint_cov_px2: upper triangle, row by row, of the covariance of x, y of its first target, x, y
@@ -66,33 +67,30 @@ class GroupColumns(_Columns):
     """
 
     id: list[int]
-    bbox: list[Annotated[list[int], Field(min_length=4, max_length=4)]]
-    count_posterior: list[
-        Annotated[list[Probability], Field(min_length=MAX_COUNT + 1, max_length=MAX_COUNT + 1)]
-    ]
+    bbox: list[Box]
+    count_posterior: list[Posterior]
     joint_cov_px2: list[list[Finite]]
     flags: list[list[str]]
     label: list[str] | None = None
-    box: list[Annotated[list[Finite], Field(max_length=4)]] | None = None
+    box: list[Annotated[list[Finite], Meta(max_length=4)]] | None = None
     p_box: list[Probability | None] | None = None
 
 
-class FusionState(Wire):
+class FusionState(Struct, frozen=True, forbid_unknown_fields=True):
     """Which detector targets were fused with; `missing` says why with none, "" if they were."""
 
     detector: str
     missing: str
 
 
-class TargetsMessage(Wire):
+class TargetsMessage(Wire, frozen=True, tag="irst.targets/1"):
     """`irst.targets/1`: the targets of one frame."""
 
-    schema_: Literal["irst.targets/1"] = Field(alias="schema")
     sensor_id: str
     frame_seq: int
     t_exposure_ns: int
     clock: str
-    frame_shape: Annotated[list[int], Field(min_length=2, max_length=2)]
+    frame_shape: Annotated[list[int], Meta(min_length=2, max_length=2)]
     frame_flags: list[str]
     targets: TargetColumns
     groups: GroupColumns
@@ -104,34 +102,31 @@ class TargetsMessage(Wire):
     fusion: FusionState | None = None
 
 
-class StartMessage(Wire):
+class StartMessage(Wire, frozen=True, tag="irst.start/1"):
     """`irst.start/1`: a run begins."""
 
-    schema_: Literal["irst.start/1"] = Field(alias="schema")
     sensor_id: str
     config: str
 
 
-class GapMessage(Wire):
+class GapMessage(Wire, frozen=True, tag="irst.gap/1"):
     """`irst.gap/1`: a frame that will not come."""
 
-    schema_: Literal["irst.gap/1"] = Field(alias="schema")
     sensor_id: str
     frame_seq: int
     stage: str
     reason: str
 
 
-class HeartbeatMessage(Wire):
+class HeartbeatMessage(Wire, frozen=True, tag="irst.heartbeat/1"):
     """`irst.heartbeat/1`: alive, though there may be no frames."""
 
-    schema_: Literal["irst.heartbeat/1"] = Field(alias="schema")
     sensor_id: str
     published: int
     t_monotonic_ns: int
 
 
-class DropCount(Wire):
+class DropCount(Struct, frozen=True, forbid_unknown_fields=True):
     """Frames lost at one stage for one reason."""
 
     stage: str
@@ -139,10 +134,9 @@ class DropCount(Wire):
     frames: int
 
 
-class EndMessage(Wire):
+class EndMessage(Wire, frozen=True, tag="irst.eos/1"):
     """`irst.eos/1`: the stream is over; frames in = published + Σ dropped."""
 
-    schema_: Literal["irst.eos/1"] = Field(alias="schema")
     sensor_id: str
     frames_in: int
     published: int
@@ -150,11 +144,8 @@ class EndMessage(Wire):
 
 
 WIRE_MODELS: dict[str, type[Wire]] = {
-    "irst.targets/1": TargetsMessage,
-    "irst.start/1": StartMessage,
-    "irst.gap/1": GapMessage,
-    "irst.heartbeat/1": HeartbeatMessage,
-    "irst.eos/1": EndMessage,
+    str(model.__struct_config__.tag): model
+    for model in (TargetsMessage, StartMessage, GapMessage, HeartbeatMessage, EndMessage)
 }
 
 
@@ -163,7 +154,15 @@ def check_wire(message: Any) -> Wire:
     schema = message.get("schema") if isinstance(message, dict) else None
     if not isinstance(schema, str) or schema not in WIRE_MODELS:
         raise ValueError(f"unknown schema {schema!r}; known: {', '.join(WIRE_MODELS)}")
-    return WIRE_MODELS[schema].model_validate(message)
+    return read_map(message, WIRE_MODELS[schema], schema)
+
+
+def read_map(message: Any, model: type[Model], name: str) -> Model:
+    """A decoded map as `model`; raises ValueError saying what of `name` does not fit, and where."""
+    try:
+        return convert(message, model)
+    except ValidationError as error:
+        raise ValueError(misfit(name, error)) from error
 
 
 @cache

@@ -36,7 +36,7 @@ def replayed(path, config_file=None, engine=None):
     config = load_config(config_file, source=source, engine=engine)
     source = ZarrRecording.build(config.source, {})
     summary = Summary()
-    for message, _ in replay.in_process(config, source):
+    for message in replay.in_process(config, source):
         summary.add(message)
     source.close()
     assert summary.balanced

@@ -3,7 +3,7 @@ from hypothesis import strategies as st
 
 from pipeline.messages import Dropped, Trace
 from pipeline.runtime.account import MAX_GAP, MAX_REASONS, Account, Reorder
-from pipeline.wire import EndMessage
+from pipeline.wire import EndMessage, check_wire
 
 TRACE = Trace(0, {})
 
@@ -32,7 +32,8 @@ def test_totals_always_add_up_and_gaps_name_each_lost_frame_once(outcomes):
             account.publish()
         else:
             account.drop(Dropped(seq, "source", outcome))
-    end = EndMessage.model_validate(account.end_message("roof", len(outcomes)))
+    end = check_wire(account.end_message("roof", len(outcomes)))
+    assert isinstance(end, EndMessage)
     assert end.published + sum(entry.frames for entry in end.dropped) == len(outcomes)
     lost = [seq for seq, outcome in enumerate(outcomes) if outcome != "publish"]
     published = [seq for seq, outcome in enumerate(outcomes) if outcome == "publish"]

@@ -148,7 +148,7 @@ def test_a_live_node_does_frames_together_and_publishes_each_in_order(scene_reco
     loaded = load_config(config, source=source)
     opened = open_source(loaded)
     with Supervisor(loaded, "live", opened.sensor, opened.shape) as supervisor:
-        messages = [message for message, _ in supervisor.messages()]
+        messages = list(supervisor.messages())
     opened.close()
     assert [m["frame_seq"] for m in messages if "frame_seq" in m] == list(range(120))
     published = [m for m in messages if m["schema"] == "irst.targets/1"]

@@ -30,7 +30,7 @@ def played(config):
     """Messages of a replay by nodes with a fault; every number must come once, in order."""
     source = open_source(config)
     with Supervisor(config, "replay", source.sensor, source.shape) as supervisor:
-        messages = [message for message, _ in supervisor.messages()]
+        messages = list(supervisor.messages())
         restarts = supervisor._children.restarts.total()
     source.close()
     numbers = [message["frame_seq"] for message in messages if "frame_seq" in message]
@@ -59,7 +59,7 @@ def test_a_node_that_dies_or_hangs_costs_no_frame(config, entry, monkeypatch):
     assert restarts == 1
     assert gaps(messages) == []
     source = open_source(config)
-    expected = [message for message, _ in replay.in_process(config, source)]
+    expected = list(replay.in_process(config, source))
     assert targets(messages) == targets(expected)
 
 
@@ -76,7 +76,7 @@ def test_live_too_a_worker_that_never_answers_a_frame_given_up_long_ago_is_repla
     config = load_config(file)
     source = open_source(config)
     with Supervisor(config, "live", source.sensor, source.shape) as supervisor:
-        messages = [message for message, _ in supervisor.messages()]
+        messages = list(supervisor.messages())
         assert supervisor._children.restarts == {"unmix.0": 1}
     numbers = [message["frame_seq"] for message in messages if "frame_seq" in message]
     assert numbers == list(range(80))

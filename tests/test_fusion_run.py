@@ -45,7 +45,7 @@ def config(scene_recording, tiny, tmp_path):
 
 def replayed(config, how):
     source = open_source(config)
-    messages = [message for message, _ in how(config, source)]
+    messages = list(how(config, source))
     source.close()
     return [message for message in messages if message["schema"] != "irst.heartbeat/1"]
 

@@ -289,7 +289,7 @@ def write_targets(path: Path, recording: Path) -> None:
     """What `replay --out` writes."""
     config = load_config(None, source={"kind": "zarr_recording", "path": str(recording)})
     with contextlib.closing(open_source(config)) as source, path.open("w") as file:
-        for message, _ in replay.in_process(config, source):
+        for message in replay.in_process(config, source):
             file.write(json.dumps(message) + "\n")
 
 

@@ -41,7 +41,7 @@ def test_nodes_are_spawned_and_share_nothing_with_their_parent(scene_recording, 
     config = load_config(None, source={"kind": "zarr_recording", "path": str(scene_recording)})
     source = open_source(config)
     with Supervisor(config, "replay", source.sensor, source.shape) as supervisor:
-        schemas = [message["schema"] for message, _ in supervisor.messages()]
+        schemas = [message["schema"] for message in supervisor.messages()]
     source.close()
     assert schemas.count("irst.targets/1") == 12
 

@@ -202,9 +202,9 @@ def test_replay_fails_when_a_message_is_missing(monkeypatch, scene_recording, ca
     whole = replay.in_process
 
     def lossy(config, source):
-        for message, model in whole(config, source):
+        for message in whole(config, source):
             if message.get("frame_seq") != 3:
-                yield message, model
+                yield message
 
     monkeypatch.setattr(replay, "in_process", lossy)
     with pytest.raises(RunError, match="totals do not add up") as error:

@@ -82,7 +82,7 @@ def run(config: PipelineConfig, asked: list[PipelineConfig]):
             )
 
         requested, quiet_until = 0, 10
-        for message, _ in supervisor.messages():
+        for message in supervisor.messages():
             messages.append(message)
             if sum(outcomes().values()) < requested:
                 quiet_until = len(messages) + 5

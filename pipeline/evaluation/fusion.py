@@ -143,7 +143,7 @@ def _without_fusion(config: PipelineConfig) -> PipelineConfig:
 def _targets(config: PipelineConfig, source: Source) -> dict[int, dict[str, Any]]:
     return {
         message["frame_seq"]: message
-        for message, _ in in_process(config, source)
+        for message in in_process(config, source)
         if message["schema"] == "irst.targets/1"
     }
 

@@ -13,9 +13,8 @@ from pipeline.runtime.output import Output
 from pipeline.runtime.telemetry import Telemetry
 from pipeline.transport import codec
 from pipeline.transport.publish import Publisher
-from pipeline.wire import Wire
 
-Messages = Iterator[tuple[dict[str, Any], Wire]]
+Messages = Iterator[dict[str, Any]]
 
 
 class Outlet:
@@ -38,7 +37,7 @@ class Outlet:
         self._publisher, self._telemetry, self._held_back = publisher, telemetry, held_back
         self._dead_letters = dead_letters
         self._reorder = Reorder()
-        self._published: deque[tuple[dict[str, Any], Wire]] = deque()
+        self._published: deque[dict[str, Any]] = deque()
 
     def put_all(self, outcomes: deque[Job | Dropped]) -> None:
         """Take in all outcomes there are."""
@@ -59,10 +58,10 @@ class Outlet:
             return Dropped(outcome.seq, "transport", reason), Trace(outcome.t_ingest_ns, {})
         return message, trace
 
-    def _publish(self, message: dict[str, Any], model: Wire) -> None:
+    def _publish(self, message: dict[str, Any]) -> None:
         self._publisher.publish(message, self._held_back)
         self._telemetry.count(message)
-        self._published.append((message, model))
+        self._published.append(message)
 
     def taken(self) -> Messages:
         """What was published since this was last asked."""

@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.errors import RunError
 from pipeline.messages import Dropped, Trace
 from pipeline.runtime.account import Account
-from pipeline.wire import Wire, check_wire, targets_message
+from pipeline.wire import check_wire, targets_message
 
 
 class Output:
@@ -15,7 +15,7 @@ class Output:
 
     def __init__(
         self,
-        send: Callable[[dict[str, Any], Wire], None],
+        send: Callable[[dict[str, Any]], None],
         sensor_id: str,
         config: str,
         heartbeat_s: float,
@@ -49,18 +49,19 @@ class Output:
         targets = targets_message(
             message,
             stage_ns=trace.stage_ns,
-            age_ns=time.monotonic_ns() - trace.t_ingest_ns,
+            age_ns=0,
             gap=self._account.gap,
             config=self.config,
         )
         try:
-            model = check_wire(targets)
+            check_wire(targets)
         except ValueError as error:
             reason = "not fit to publish: " + " ".join(str(error).split())
             self._drop(Dropped(message.info.seq, "publish", reason[:200]))
             return
         self._account.publish()
-        self._send(targets, model)
+        targets["age_ns"] = time.monotonic_ns() - trace.t_ingest_ns  # as late as can be
+        self._send(targets)
 
     def _drop(self, lost: Dropped) -> None:
         self._account.drop(lost)
@@ -77,10 +78,12 @@ class Output:
     def end(self, frames_in: int) -> None:
         """Send the totals; raises RunError if they do not add up."""
         end = self._account.end_message(self._sensor_id, frames_in)
-        self._send(end, check_wire(end))
+        check_wire(end)
+        self._send(end)
         if self._account.total != frames_in:
             raise RunError(f"{frames_in} frames in but {self._account.total} accounted for")
 
     def _send_event(self, schema: str, **fields: Any) -> None:
         message = {"schema": schema, "sensor_id": self._sensor_id, **fields}
-        self._send(message, check_wire(message))
+        check_wire(message)
+        self._send(message)

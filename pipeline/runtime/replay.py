@@ -12,7 +12,6 @@ from pipeline.runtime.memory import keep_freed_memory
 from pipeline.runtime.outlet import Messages
 from pipeline.runtime.output import Output
 from pipeline.runtime.supervisor import Supervisor
-from pipeline.wire import Wire
 
 
 def over_zeromq(config: PipelineConfig, source: Source) -> Messages:
@@ -24,11 +23,7 @@ def over_zeromq(config: PipelineConfig, source: Source) -> Messages:
 def in_process(config: PipelineConfig, source: Source) -> Messages:
     """The same messages, but for heartbeats, from a plain loop over the same table."""
     keep_freed_memory()
-    waiting: deque[tuple[dict[str, Any], Wire]] = deque()
-
-    def put(message: dict[str, Any], model: Wire) -> None:
-        waiting.append((message, model))
-
+    waiting: deque[dict[str, Any]] = deque()
     cut = shown_to_beside(config.topology[0].stages) if config.beside else 0
     names = [stage for node in config.topology if not node.beside for stage in node.stages]
     first, flow, beside = (
@@ -36,7 +31,7 @@ def in_process(config: PipelineConfig, source: Source) -> Messages:
         for part in (names[:cut], names[cut:], config.beside.stages if config.beside else ())
     )
     heartbeat_s = config.publish.heartbeat_s
-    output = Output(put, source.sensor.id, config.digest, heartbeat_s)
+    output = Output(waiting.append, source.sensor.id, config.digest, heartbeat_s)
     frames_in = 0
     try:
         output.start()
@@ -53,6 +48,6 @@ def in_process(config: PipelineConfig, source: Source) -> Messages:
             part.close()
 
 
-def _drain(waiting: deque[tuple[dict[str, Any], Wire]]) -> Messages:
+def _drain(waiting: deque[dict[str, Any]]) -> Messages:
     while waiting:
         yield waiting.popleft()

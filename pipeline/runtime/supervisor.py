@@ -146,7 +146,7 @@ class Supervisor:
     # --- the loop --------------------------------------------------------------------------
 
     def messages(self) -> Messages:
-        """What the run publishes, each also as its checked model, to the end of the stream.
+        """What the run publishes, to the end of the stream.
 
         Raises NodeFailure if a node could not go on, RunError if one died more often than allowed.
         """

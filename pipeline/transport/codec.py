@@ -25,6 +25,7 @@ from pipeline.messages import (
     TargetReport,
     Trace,
     Unmixed,
+    misfit,
 )
 
 OWN_PART_BYTES = 1 << 16
@@ -57,11 +58,6 @@ class Header(Struct, forbid_unknown_fields=True):
 
 class CodecError(ValueError):
     """Bytes that are not a message of ours; says which field and why."""
-
-
-def misfit(name: str, error: Exception) -> CodecError:
-    """What is wrong with the part called `name`, of which msgspec says "… - at `$.info.seq`"."""
-    return CodecError(f"{name}: {error}".replace("`$", f"`{name}"))
 
 
 def encode(message: Any, trace: Trace, sent_ns: int) -> list[Any]:
@@ -107,7 +103,7 @@ def decode(parts: list[Any]) -> tuple[Any, Trace, int]:
     try:
         header = msgspec.msgpack.decode(parts[0], type=Header, dec_hook=partial(_array_of, large))
     except (ValueError, RecursionError) as error:
-        raise misfit("header", error) from error
+        raise CodecError(misfit("header", error)) from error
     if large:
         raise CodecError(f"header: {len(large)} parts more than it speaks of")
     return header.message, header.trace, header.sent_ns
@@ -118,7 +114,7 @@ def _array_of(large: dict[int, Any], hint: Any, value: Any) -> NDArray[Any]:
     try:
         described = msgspec.convert(value, Array)
     except msgspec.ValidationError as error:
-        raise misfit("array", error) from error  # its place in the message comes to be known above
+        raise ValueError(misfit("array", error)) from error
     name, shape, values = described.dtype, described.shape, described.values
     dtype = _DTYPES[name]
     if name not in (allowed := _allowed(hint)):

@@ -8,23 +8,24 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import zmq
-from msgspec.structs import replace
-from pydantic import Field, ValidationError
+from msgspec import Meta, Struct
+from msgspec.structs import astuple, replace
 
 from pipeline.errors import PipelineError
 from pipeline.messages import BadMessage, Pose, SentFrame
 from pipeline.transport.codec import CodecError, unpack_wire
 from pipeline.transport.sockets import MAX_MESSAGE_BYTES, bind
-from pipeline.wire import Finite, Wire
+from pipeline.wire import Finite, read_map
 
 QUEUE = 16
 """Frames that may wait here; after that the sender waits, or sheds as it likes."""
 
-Integer64 = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
-Length = Annotated[int, Field(ge=1, le=16384)]
+Integer64 = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+Length = Annotated[int, Meta(ge=1, le=16384)]
+Remark = Annotated[str, Meta(max_length=64)]
 
 
-class PoseMap(Wire):
+class PoseMap(Struct, frozen=True, forbid_unknown_fields=True):
     """Where the camera looked, radians; azimuth clockwise from north."""
 
     az_rad: Finite
@@ -32,16 +33,22 @@ class PoseMap(Wire):
     roll_rad: Finite = 0.0
 
 
-class FrameHeader(Wire):
+class FrameHeader(
+    Struct,
+    frozen=True,
+    forbid_unknown_fields=True,
+    kw_only=True,
+    tag_field="schema",
+    tag="irst.frame/1",
+):
     """`irst.frame/1`: one frame. seq counts every frame the sender had, from any number on."""
 
-    schema_: Literal["irst.frame/1"] = Field(alias="schema")
-    seq: Annotated[int, Field(ge=0, lt=1 << 63)]
+    seq: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
     t_exposure_ns: Integer64
-    clock: Annotated[str, Field(min_length=1, max_length=64)] = "utc"
+    clock: Annotated[str, Meta(min_length=1, max_length=64)] = "utc"
     dtype: Literal["uint8", "uint16"]
-    shape: Annotated[list[Length], Field(min_length=2, max_length=2)]
-    flags: list[Annotated[str, Field(max_length=64)]] = Field(default_factory=list, max_length=16)
+    shape: Annotated[list[Length], Meta(min_length=2, max_length=2)]
+    flags: Annotated[tuple[Remark, ...], Meta(max_length=16)] = ()
     pose: PoseMap | None = None
 
 
@@ -89,11 +96,9 @@ def sent_frame(parts: list[Any]) -> SentFrame | BadMessage:
     seq = fields.get("seq")
     seq = seq if type(seq) is int and 0 <= seq < 1 << 63 else None
     try:
-        header = FrameHeader.model_validate(fields)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        field = ".".join(str(part) for part in fault["loc"])
-        return BadMessage(seq, f"header field `{field}`: {fault['msg'].lower()}")
+        header = read_map(fields, FrameHeader, "header")
+    except ValueError as error:
+        return BadMessage(seq, str(error))
     dtype = np.dtype(header.dtype).newbyteorder("<")
     height, width = header.shape
     size, found = height * width * dtype.itemsize, memoryview(parts[1]).nbytes
@@ -105,6 +110,6 @@ def sent_frame(parts: list[Any]) -> SentFrame | BadMessage:
         t_exposure_ns=header.t_exposure_ns,
         clock=header.clock,
         pixels_HW=pixels_HW.astype(header.dtype, copy=False),
-        flags=tuple(header.flags),
-        pose=None if header.pose is None else Pose(**header.pose.model_dump()),
+        flags=header.flags,
+        pose=None if header.pose is None else Pose(*astuple(header.pose)),
     )

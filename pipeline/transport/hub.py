@@ -14,7 +14,8 @@ import msgspec
 import zmq
 from msgspec import Meta, Struct
 
-from pipeline.transport.codec import CodecError, misfit
+from pipeline.messages import misfit
+from pipeline.transport.codec import CodecError
 from pipeline.transport.sockets import COPY_BELOW_BYTES, bind, new_socket
 
 MAX_WORD_BYTES = 16384
@@ -60,7 +61,7 @@ def read_word(part: Any, kinds: frozenset[str]) -> Word:
     try:
         word = _WORDS.decode(part)
     except (ValueError, RecursionError) as error:
-        raise misfit("word", error) from error
+        raise CodecError(misfit("word", error)) from error
     if word.kind not in kinds:
         raise CodecError(f"word: {word.kind!r:.80} is none of {', '.join(sorted(kinds))}")
     return word
