@@ -21,15 +21,21 @@ Texts = Annotated[tuple[Text, ...], Meta(max_length=4096)]
 
 
 class Message(Struct, frozen=True, forbid_unknown_fields=True):
-    """What can be sent to another process: its fields' types and limits are checked there.
+    """Like a frozen dataclass; those that go to another process are checked there, by their types.
 
-    As of a frozen dataclass; `msgspec.structs.replace` makes another with some fields changed.
+    `msgspec.structs.replace` makes another with some fields changed.
     """
+
+
+SAID = 120  # letters of the beginning and of the end of what msgspec says: it quotes what it found
 
 
 def misfit(name: str, error: Exception) -> str:
     """What is wrong with what is called `name`, as msgspec found, and where in it."""
-    said = re.sub(r"`float` [<>]= -?1\.79\S+", "a finite `float`", str(error))
+    said = "".join(letter if letter.isprintable() else "?" for letter in str(error))
+    if len(said) > 2 * SAID:
+        said = f"{said[:SAID]}…{said[-SAID:]}"
+    said = re.sub(r"`float` [<>]= -?1\.79\S+", "a finite `float`", said)
     return f"{name}: {said}".replace("`$", f"`{name}")  # "Expected `int`, got … - at `$.info.seq`"
 
 

@@ -1,6 +1,9 @@
 """What every backend promises, by its file: the same tests run on each that can run here."""
 
 import json
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +14,7 @@ import torch
 from linear_engine import MAX_BATCH, SIZE, C, patches, weights, write_engine
 
 from engines.backends import torch_program
-from engines.base import IN_FLIGHT, Engine
+from engines.base import IN_FLIGHT, Engine, Options
 from engines.build import BACKEND, SUFFIX, Batch, Build
 from engines.errors import EngineError
 from engines.loader import available_backends, open_engine
@@ -269,3 +272,62 @@ def test_an_error_in_one_part_does_not_hold_up_the_next_call(engine: Engine, mon
     with pytest.raises(RuntimeError, match="once"):
         engine.infer(patches(3 * MAX_BATCH))
     np.testing.assert_allclose(engine.infer(patches(3)), expected(patches(3)), atol=1e-5)
+
+
+several_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core, one lane")
+
+
+def affinity_of_threads() -> list[set[int]]:
+    return [os.sched_getaffinity(int(task.name)) for task in Path("/proc/self/task").iterdir()]
+
+
+@several_cores
+def test_each_lane_stays_on_its_core_and_whoever_calls_goes_where_it_likes(tmp_path: Path) -> None:
+    cores = os.sched_getaffinity(0)
+    with open_engine(portable(tmp_path)) as engine:
+        assert [lane.core for lane in engine._lanes] == sorted(cores)[:MAX_BATCH]
+        assert os.sched_getaffinity(0) == cores
+        for core in cores:
+            assert {core} in affinity_of_threads()
+
+
+@several_cores
+def test_fewer_threads_than_cores_are_one_lane_that_may_run_anywhere(tmp_path: Path) -> None:
+    with open_engine(portable(tmp_path), options=Options(threads=1)) as engine:
+        assert [lane.core for lane in engine._lanes] == [None]
+
+
+@several_cores
+def test_a_network_compiled_after_lanes_still_has_all_cores(tmp_path: Path) -> None:
+    """OpenVINO counts them once a process: not while this one is on the core of a lane."""
+    count = f"""
+from pathlib import Path
+import openvino
+from engines.loader import open_engine
+open_engine(Path({str(portable(tmp_path))!r}))
+whole = openvino.compile_model({str(tmp_path / "linear.onnx")!r}, "CPU", {{"NUM_STREAMS": 1}})
+print(whole.get_property("INFERENCE_NUM_THREADS"))
+"""
+    told = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True)
+    assert int(told.stdout) == len(os.sched_getaffinity(0))
+
+
+@several_cores
+def test_a_lane_that_fails_leaves_no_other_reading_the_patches(tmp_path: Path, monkeypatch) -> None:
+    with open_engine(portable(tmp_path)) as engine:
+        waited = []
+
+        def failing(slot: int, patch: np.ndarray) -> None:
+            raise RuntimeError("no memory")
+
+        for lane in engine._lanes[1:]:
+            monkeypatch.setattr(lane, "begin", failing)
+        first = engine._lanes[0]
+        monkeypatch.setattr(first, "core", -1)  # on no core, so the first to begin
+        wait = first.wait
+        monkeypatch.setattr(first, "wait", lambda slot: (waited.append(slot), wait(slot)))
+        with pytest.raises(RuntimeError, match="no memory"):
+            engine.submit(patches(8))
+        assert waited == [0]
+        monkeypatch.undo()
+        np.testing.assert_allclose(engine.infer(patches(8)), expected(patches(8)), atol=1e-5)

@@ -156,6 +156,7 @@ def altered(**changes):
         ({"message__counts_BHW__1": [3, 11, 11, 1, 1]}, "counts_BHW"),
         ({"message__counts_BHW__1": [1 << 24] * 4}, "at most 134217728 are allowed.*counts_BHW"),
         ({"message__counts_BHW__2": b""}, "needs 1452 bytes, there are 0"),
+        ({"message__counts_BHW__2": "AAAA"}, "counts_BHW"),
         ({"message__counts_BHW__2": 0}, "its part is missing.*counts_BHW"),
         ({"trace__stage_ns": {"detect": "slow"}}, r"trace\.stage_ns"),
         ({"sent_ns": None}, "sent_ns"),
@@ -225,6 +226,22 @@ def test_an_array_too_large_to_be_received_is_not_sent():
     pixels = np.broadcast_to(np.uint8(0), (2, MAX_ARRAY_BYTES // 2 + 1))  # takes no memory
     with pytest.raises(CodecError, match="Frame: an array of 134217730 bytes, at most 134217728"):
         encode(Frame(INFO, pixels), TRACE, 0)
+
+
+def test_numbers_of_numpy_are_sent_as_pythons_and_what_messagepack_has_not_is_refused():
+    message = msgspec.structs.replace(unmixed(), cell_px=np.float64(0.25))
+    decoded = decode(encode(message, TRACE, 0))[0]
+    assert (type(decoded.cell_px), decoded.cell_px) == (float, 0.25)
+    with pytest.raises(CodecError, match=r"Unmixed: .* cannot be sent"):
+        encode(msgspec.structs.replace(unmixed(), engine=object()), TRACE, 0)
+
+
+def test_what_is_said_of_an_error_is_short_and_can_be_printed():
+    with pytest.raises(CodecError) as error:
+        decode(altered(message__type="A\n\x1b[31m" + "x" * 500_000))
+    assert len(str(error.value)) < 300
+    assert str(error.value).isprintable()
+    assert str(error.value).endswith("at `header.message.type`")
 
 
 def test_array_of_another_type_than_declared_is_refused():

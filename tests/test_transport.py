@@ -88,6 +88,7 @@ def test_a_node_that_is_not_there_is_told_of_at_once(endpoint):
         b"hello",
         b"\xc1",
         b"x" * 20_000,
+        msgpack.packb(["result"]),
         msgpack.packb(["result", 7, 0, 0, "", "", 0, 0]),
         msgpack.packb(["result", "7", 0, 0, "", "", 0]),
         msgpack.packb(["result", -7, 0, 0, "", "", 0]),

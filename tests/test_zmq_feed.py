@@ -108,6 +108,7 @@ def test_a_frame_with_all_fields():
         ([b""], None, "1 parts; send two"),
         ([b"\xc1", b""], None, "header is not a MessagePack map"),
         ([msgpack.packb([1]), b""], None, "header is not a map but list"),
+        ([msgpack.packb({"seq": 4}), b""], 4, "header: Object missing required field `schema`"),
         (
             [msgpack.packb({"schema": "irst.frame/1"}), b""],
             None,
@@ -116,7 +117,7 @@ def test_a_frame_with_all_fields():
         (
             message(4, schema="irst.frame/2"),
             4,
-            "header: Invalid value 'irst.frame/2' - at `header.schema`",
+            "header: Invalid enum value 'irst.frame/2' - at `header.schema`",
         ),
         (
             message(4, dtype="float32"),

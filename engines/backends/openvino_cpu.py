@@ -3,8 +3,8 @@
 A batch is shared out among lanes, one a core: each is the network compiled for one thread that
 never leaves its core. No layer waits for another thread then, and a thread that is woken finds its
 core: left to the scheduler, a virtual machine's often queues it behind the thread that wakes it,
-and a frame's patches take twice as long (docs/latency.md). What infers single images, or is given
-fewer threads than there are cores, is one network compiled for all of them.
+and a frame's patches take twice as long (docs/latency.md). What infers single images, has more than
+one stream or less threads than cores, or more than MAX_LANES of these, is one network for all.
 
 Precision is set on purpose: left alone, OpenVINO computes in bfloat16 on CPUs that have it. A
 portable model runs in f32; what else is as good and faster here, `trainer compile` measures. In
@@ -39,7 +39,7 @@ CAPABILITY = {"f32": "FP32", "f16": "FP16", "bf16": "BF16", "int8": "INT8"}
 
 
 class OpenvinoCpu(Engine[Kind]):
-    """Compiles the ONNX model when made, and warms it up at its least and its largest batch."""
+    """Compiles the ONNX model when made, and warms up each lane, at one patch and at its most."""
 
     def __init__(self, manifest: Kind, model: Path, options: Options) -> None:
         super().__init__(manifest)
@@ -52,13 +52,14 @@ class OpenvinoCpu(Engine[Kind]):
         for name in manifest.conditions:
             _tell(network, name, getattr(options, name), model)
         _check_shapes(network, manifest, model)
+        _capabilities()  # OpenVINO counts the cores now, once for this process, not on a lane's one
         properties = _properties(manifest.build, options)
         cores = _cores(manifest, properties)
         if cores != ANYWHERE:
             properties |= {"INFERENCE_NUM_THREADS": 1, "ENABLE_CPU_PINNING": False}
         try:
             self._lanes = [_Lane(network, properties, core) for core in cores]
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise EngineError(
                 f"{model}: OpenVINO cannot compile it ({_last_line(error)}); export it again, or "
                 "use another release of openvino"
@@ -75,22 +76,30 @@ class OpenvinoCpu(Engine[Kind]):
         return [f"precision {build.precision}: this CPU has no instructions for it"]
 
     def _begin(self, slot: int, patch_BHW: Patches) -> None:
-        if not self._lanes:
-            raise RuntimeError(f"engine {self.manifest.name} is closed")
         # OpenVINO reads in place only what could be written to.
         shared = patch_BHW if patch_BHW.flags.writeable else patch_BHW.copy()
         shares = self._shares(len(shared))
         # Last the one on this core: its thread takes the core from this one, before it begins more.
         here = _libc.sched_getcpu() if len(shares) > 1 else None
-        for lane, part in sorted(shares, key=lambda share: share[0].core == here):
-            lane.begin(slot, shared[part])
+        begun: list[_Lane] = []
+        try:
+            for lane, part in sorted(shares, key=lambda share: share[0].core == here):
+                lane.begin(slot, shared[part])
+                begun.append(lane)
+        except BaseException:
+            _wait(begun, slot)
+            raise
 
     def _finish(self, slot: int, map_BHW: Maps) -> None:
-        for lane, part in self._shares(len(map_BHW)):
-            lane.finish(slot, map_BHW[part])
+        shares = self._shares(len(map_BHW))
+        _wait([lane for lane, _ in shares], slot)
+        for lane, part in shares:
+            map_BHW[part] = lane.maps(slot)
 
     def _shares(self, number: int) -> list[tuple["_Lane", slice]]:
         """Which lane does which of so many patches, as evenly as can be."""
+        if not self._lanes:
+            raise RuntimeError(f"engine {self.manifest.name} is closed")
         lanes = self._lanes[:number]
         ends = [number * n // len(lanes) for n in range(len(lanes) + 1)]
         return [(lane, slice(*ends[n : n + 2])) for n, lane in enumerate(lanes)]
@@ -104,7 +113,7 @@ class _Lane:
     """A compiled network and its requests, one a slot; core: its threads run there alone."""
 
     def __init__(self, network: Any, properties: dict[str, Any], core: int | None) -> None:
-        with _on(core):
+        with contextlib.nullcontext() if core is None else _on(core):
             compiled = openvino.compile_model(network, "CPU", properties)
         self.core = core
         self._requests = [compiled.create_infer_request() for _ in range(IN_FLIGHT)]
@@ -116,16 +125,26 @@ class _Lane:
         self._requests[slot].set_input_tensor(0, self._given[slot])
         self._requests[slot].start_async()
 
-    def finish(self, slot: int, map_BHW: Maps) -> None:
+    def wait(self, slot: int) -> None:
         self._requests[slot].wait()
-        map_BHW[...] = self._requests[slot].get_output_tensor(0).data
+
+    def maps(self, slot: int) -> Maps:
+        maps: Maps = self._requests[slot].get_output_tensor(0).data
+        return maps
+
+
+def _wait(lanes: list[_Lane], slot: int) -> None:
+    """Until none of them reads its patches any more; then raises what one has failed with."""
+    with contextlib.ExitStack() as every:
+        for lane in lanes:
+            every.callback(lane.wait, slot)
 
 
 @contextlib.contextmanager
-def _on(core: int | None) -> Iterator[None]:
-    """Threads that are started meanwhile stay on this core, which they inherit; None: anywhere."""
+def _on(core: int) -> Iterator[None]:
+    """Threads that are started meanwhile stay on this core, which they inherit."""
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, before if core is None else {core})
+    os.sched_setaffinity(0, {core})
     try:
         yield
     finally:
@@ -135,10 +154,10 @@ def _on(core: int | None) -> Iterator[None]:
 def _cores(manifest: EngineManifest, properties: dict[str, Any]) -> list[int | None]:
     """The core of each lane; one lane ANYWHERE if patches are not shared out."""
     cores = sorted(os.sched_getaffinity(0))
-    alone = properties.get("INFERENCE_NUM_THREADS", len(cores)) < len(cores)
-    if manifest.max_batch == 1 or properties["NUM_STREAMS"] > 1 or alone:
+    fewer = properties.get("INFERENCE_NUM_THREADS", len(cores)) < len(cores)
+    if fewer or manifest.max_batch == 1 or properties["NUM_STREAMS"] > 1 or len(cores) > MAX_LANES:
         return ANYWHERE
-    return [*cores[:MAX_LANES]]
+    return [*cores[: manifest.max_batch]]
 
 
 def _properties(build: Build | None, options: Options) -> dict[str, Any]:
@@ -196,6 +215,6 @@ def _check_shapes(network: Any, manifest: EngineManifest, model: Path) -> None:
             )
 
 
-def _last_line(error: RuntimeError) -> str:
+def _last_line(error: Exception) -> str:
     """Of OpenVINO's message; the lines before are places in its own source."""
     return " ".join(str(error).strip().splitlines()[-1].split())

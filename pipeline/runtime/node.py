@@ -156,7 +156,13 @@ def _send(socket: NodeSocket, message: Any, trace: Trace) -> bool:
     """Send what the stages made of a frame; False if that is only that it is lost."""
     parts = message if isinstance(message, Dropped) else _encoded(message, trace)
     if isinstance(parts, Dropped):
-        lost = Word("lost", parts.seq, parts.seq + 1, stage=parts.stage, text=parts.reason)
+        lost = Word(
+            "lost",
+            parts.seq,
+            parts.seq + 1,
+            stage=parts.stage[:MAX_TEXT],
+            text=parts.reason[:MAX_TEXT],
+        )
         socket.send(lost)
         return False
     socket.send(Word("result", message.info.seq, t_ns=trace.t_ingest_ns), parts)

@@ -189,11 +189,11 @@ class Supervisor:
         self._dispatcher.expire(time.monotonic_ns())
         for worker, job in self._dispatcher.assign():
             hand_out(self._hub, worker, job)  # not there: it is dead, and will be buried
+        self._reloader.turn(self._dispatcher.outcomes, self._hub)
+        self._outlet.put_all(self._dispatcher.outcomes)
         front = self._children.all[0]
         if self._started and front.ready and (room := self._dispatcher.grant()):
             self._hub.send(front.identity, Word("grant", room))
-        self._reloader.turn(self._dispatcher.outcomes, self._hub)
-        self._outlet.put_all(self._dispatcher.outcomes)
         return self._dispatcher.ended and not len(self._dispatcher)
 
     def _keep_house(self, now: float) -> None:

@@ -28,9 +28,9 @@ from pipeline.messages import (
     misfit,
 )
 
-OWN_PART_BYTES = 1 << 16
+OWN_PART_BYTES = 1 << 15
 """An array of so many bytes is large."""
-MAX_HEADER_BYTES = 1 << 21
+MAX_HEADER_BYTES = 1 << 20
 MAX_ARRAY_BYTES = 1 << 27  # well below what a socket takes in
 PIXEL_TYPES = frozenset({"uint8", "uint16", "float32"})
 
@@ -63,18 +63,20 @@ class CodecError(ValueError):
 def encode(message: Any, trace: Trace, sent_ns: int) -> list[Any]:
     """Header and large arrays of a message; do not change these after.
 
-    Raises CodecError on an array larger than MAX_ARRAY_BYTES.
+    Raises CodecError on an array larger than MAX_ARRAY_BYTES, and on what MessagePack has not.
     """
     large: list[NDArray[Any]] = []
     header = Header(message, trace, sent_ns)
     try:
         return [msgspec.msgpack.encode(header, enc_hook=partial(_described, large)), *large]
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise CodecError(f"{type(message).__name__}: {error}") from error
 
 
-def _described(large: list[NDArray[Any]], value: Any) -> Array:
-    """An array for the header; if it is large, it is appended there."""
+def _described(large: list[NDArray[Any]], value: Any) -> Any:
+    """An array for the header, appended to `large` if it is; or a number of NumPy's as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{value!r:.80} cannot be sent")
     if value.nbytes > MAX_ARRAY_BYTES:
@@ -98,7 +100,7 @@ def decode(parts: list[Any]) -> tuple[Any, Trace, int]:
     Arrays are read-only, the large ones views of their parts.
     """
     if not parts or memoryview(parts[0]).nbytes > MAX_HEADER_BYTES:
-        raise CodecError("header: missing or larger than 2 MiB")
+        raise CodecError("header: missing or larger than 1 MiB")
     large = dict(enumerate(parts[1:]))
     try:
         header = msgspec.msgpack.decode(parts[0], type=Header, dec_hook=partial(_array_of, large))
@@ -112,7 +114,7 @@ def decode(parts: list[Any]) -> tuple[Any, Trace, int]:
 def _array_of(large: dict[int, Any], hint: Any, value: Any) -> NDArray[Any]:
     """The array that was described so, of the type declared; a large one belongs to one field."""
     try:
-        described = msgspec.convert(value, Array)
+        described = msgspec.convert(value, Array, builtin_types=(bytes,))
     except msgspec.ValidationError as error:
         raise ValueError(misfit("array", error)) from error
     name, shape, values = described.dtype, described.shape, described.values
@@ -139,8 +141,7 @@ def _allowed(hint: Any) -> frozenset[str]:
 
 def pack_wire(message: dict[str, Any]) -> bytes:
     """A message for subscribers as MessagePack."""
-    packed: bytes = msgpack.packb(message)
-    return packed
+    return msgspec.msgpack.encode(message)
 
 
 def unpack_wire(part: Any) -> dict[str, Any]:

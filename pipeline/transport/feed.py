@@ -33,16 +33,10 @@ class PoseMap(Struct, frozen=True, forbid_unknown_fields=True):
     roll_rad: Finite = 0.0
 
 
-class FrameHeader(
-    Struct,
-    frozen=True,
-    forbid_unknown_fields=True,
-    kw_only=True,
-    tag_field="schema",
-    tag="irst.frame/1",
-):
+class FrameHeader(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`irst.frame/1`: one frame. seq counts every frame the sender had, from any number on."""
 
+    schema: Literal["irst.frame/1"]
     seq: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
     t_exposure_ns: Integer64
     clock: Annotated[str, Meta(min_length=1, max_length=64)] = "utc"
@@ -98,7 +92,7 @@ def sent_frame(parts: list[Any]) -> SentFrame | BadMessage:
     try:
         header = read_map(fields, FrameHeader, "header")
     except ValueError as error:
-        return BadMessage(seq, str(error))
+        return BadMessage(seq, f"{error}; docs/sources.md has the table")
     dtype = np.dtype(header.dtype).newbyteorder("<")
     height, width = header.shape
     size, found = height * width * dtype.itemsize, memoryview(parts[1]).nbytes

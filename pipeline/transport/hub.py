@@ -62,6 +62,8 @@ def read_word(part: Any, kinds: frozenset[str]) -> Word:
         word = _WORDS.decode(part)
     except (ValueError, RecursionError) as error:
         raise CodecError(misfit("word", error)) from error
+    if word.pack() != part:
+        raise CodecError(f"word: {word.kind!r:.80} is not as it is written")
     if word.kind not in kinds:
         raise CodecError(f"word: {word.kind!r:.80} is none of {', '.join(sorted(kinds))}")
     return word
