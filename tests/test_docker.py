@@ -18,8 +18,6 @@ from pipeline.config import load_config
 from pipeline.live import DEFAULT_METRICS
 from pipeline.watch import read_figures
 
-pytestmark = pytest.mark.patient
-
 ROOT = Path(__file__).parents[1]
 COMPOSE = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
 METRICS = yaml.safe_load((ROOT / "docker" / "compose.metrics.yaml").read_text())["services"]

@@ -16,8 +16,6 @@ from pipeline.transport.probe import listening
 from pipeline.transport.security import ServerKeys, make_keys
 from pipeline.transport.sockets import AddressInUse
 
-pytestmark = pytest.mark.patient
-
 FEED = (
     'source: {{kind: zmq_feed, endpoint: "ipc://{folder}/feed", width: 64, height: 48}}\n'
     'publish: {{endpoint: "ipc://{folder}/out"}}\n'

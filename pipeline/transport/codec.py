@@ -69,7 +69,7 @@ def encode(message: Any, trace: Trace, sent_ns: int) -> list[Any]:
     header = Header(message, trace, sent_ns)
     try:
         return [msgspec.msgpack.encode(header, enc_hook=partial(_described, large)), *large]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CodecError(f"{type(message).__name__}: {error}") from error
 
 
