@@ -22,7 +22,7 @@ CHAOS = "IRST_TEST_CHAOS"
 DAMAGE = {
     "header": lambda parts: [b"\xc1", *parts[1:]],
     "short": lambda parts: [*parts[:-1], bytes(parts[-1])[:-1]],
-    "fewer": lambda parts: parts[:1],
+    "fewer": lambda parts: parts[:-1],
     "more": lambda parts: [*parts, b"more"],
 }
 
