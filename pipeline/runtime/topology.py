@@ -11,7 +11,7 @@ most, and never so long that the budgets of what is still to do would not fit in
 replay a batch is one frame, so that what it is done with changes nothing.
 
 A stage runs where a configuration names it, and a node without stages is not run: each node costs a
-frame 0.7 ms of its age (docs/latency.md). `refine` goes between `unmix` and `report`
+frame 0.6 ms of its age (docs/latency.md). `refine` goes between `unmix` and `report`
 (configs/refine.yaml). What a node takes and gives follows from its stages: `flow_types`.
 
 The last row, `yolo`, stands beside the flow: given stages (`recognise`, see configs/fusion.yaml) it
