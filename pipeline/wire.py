@@ -16,15 +16,19 @@ NonNegative = Annotated[float, Meta(ge=0.0, le=LARGEST)]
 Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
 Symmetric = Annotated[list[Finite], Meta(min_length=3, max_length=3)]
 Box = Annotated[list[int], Meta(min_length=4, max_length=4)]
-Model = TypeVar("Model", bound=Struct)
+Model = TypeVar("Model", bound="Map")
 Posterior = Annotated[list[Probability], Meta(min_length=MAX_COUNT + 1, max_length=MAX_COUNT + 1)]
 
 
-class Wire(Struct, frozen=True, forbid_unknown_fields=True, tag_field="schema"):
+class Map(Struct, frozen=True, forbid_unknown_fields=True):
     """A map of plain types; unknown keys and values of another type are errors."""
 
 
-class Columns(Struct, frozen=True, forbid_unknown_fields=True):
+class Wire(Map, frozen=True, tag_field="schema"):
+    """A message to subscribers."""
+
+
+class Columns(Map, frozen=True):
     """Lists of one length, or None."""
 
     def __post_init__(self) -> None:
@@ -76,7 +80,7 @@ class GroupColumns(Columns, frozen=True):
     p_box: list[Probability | None] | None = None
 
 
-class FusionState(Struct, frozen=True, forbid_unknown_fields=True):
+class FusionState(Map, frozen=True):
     """Which detector targets were fused with; `missing` says why with none, "" if they were."""
 
     detector: str
@@ -126,7 +130,7 @@ class HeartbeatMessage(Wire, frozen=True, tag="irst.heartbeat/1"):
     t_monotonic_ns: int
 
 
-class DropCount(Struct, frozen=True, forbid_unknown_fields=True):
+class DropCount(Map, frozen=True):
     """Frames lost at one stage for one reason."""
 
     stage: str

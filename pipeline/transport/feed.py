@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import zmq
-from msgspec import Meta, Struct
+from msgspec import Meta
 from msgspec.structs import astuple, replace
 
 from pipeline.errors import PipelineError
 from pipeline.messages import BadMessage, Pose, SentFrame
 from pipeline.transport.codec import CodecError, unpack_wire
 from pipeline.transport.sockets import MAX_MESSAGE_BYTES, bind
-from pipeline.wire import Finite, read_map
+from pipeline.wire import Finite, Map, read_map
 
 QUEUE = 16
 """Frames that may wait here; after that the sender waits, or sheds as it likes."""
@@ -25,7 +25,7 @@ Length = Annotated[int, Meta(ge=1, le=16384)]
 Remark = Annotated[str, Meta(max_length=64)]
 
 
-class PoseMap(Struct, frozen=True, forbid_unknown_fields=True):
+class PoseMap(Map, frozen=True):
     """Where the camera looked, radians; azimuth clockwise from north."""
 
     az_rad: Finite
@@ -33,7 +33,7 @@ class PoseMap(Struct, frozen=True, forbid_unknown_fields=True):
     roll_rad: Finite = 0.0
 
 
-class FrameHeader(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class FrameHeader(Map, frozen=True, kw_only=True):
     """`irst.frame/1`: one frame. seq counts every frame the sender had, from any number on."""
 
     schema: Literal["irst.frame/1"]
