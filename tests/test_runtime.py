@@ -44,11 +44,11 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def wait_for(condition, timeout_s: float = 30.0) -> None:
+def wait_for(condition, timeout_s: float = 30.0, every_s: float = 0.05) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
+        time.sleep(every_s)
 
 
 @pytest.fixture
@@ -167,13 +167,17 @@ def test_a_run_told_to_stop_while_it_starts_ends_well(run_dir, number):
     assert list(run_dir.glob("irst-*")) == []
 
 
-def test_a_replay_told_to_stop_leaves_nothing_behind(run_dir, scene_recording):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_a_replay_told_to_stop_leaves_nothing_behind(run_dir, scene_recording, processes, number):
     words = ("replay", str(scene_recording), "--rate", "2")
     process = start(run_dir, "publish: {}", *words)
-    wait_for(lambda: len(children(process.pid)) >= 3)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM
+    wait_for(lambda: len(children(process.pid)) >= processes, every_s=0.001)
+    nodes = children(process.pid)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (128 + number, "")
+    wait_for(lambda: not any(alive(node) for node in nodes), 5.0)
     assert list(run_dir.glob("irst-*")) == []
 
 

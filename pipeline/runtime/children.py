@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.errors import RunError
 from pipeline.runtime.settings import SupervisorSettings
+from pipeline.runtime.signals import ENDS
 
 FIRST_DELAY_S, MAX_DELAY_S = 0.25, 30.0
 END_S = 2.0
@@ -147,15 +148,14 @@ class Children:
         child.start_at_s = time.monotonic()
 
     def _start(self, child: Child, now_s: float) -> None:
-        """Start with signals blocked: a Ctrl-C goes to all, but is the supervisor's to act on.
+        """Start with signals blocked, which the node inherits.
 
-        The node inherits the mask; a signal that comes to us meanwhile waits until it is started.
+        A Ctrl-C goes to all, but is the supervisor's to act on.
         """
         child.number += 1
         child.ready, child.heard_s, child.start_at_s, child.last_words = False, now_s, None, ""
         child.holds = None
-        ends = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
         try:
             child.process = self._spawn.Process(
                 target=self.entry,

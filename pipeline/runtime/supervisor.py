@@ -26,6 +26,7 @@ from pipeline.runtime.node import Mode, NodeTask, hub_endpoint, run_node
 from pipeline.runtime.outlet import Messages, Outlet
 from pipeline.runtime.rehearsal import settle
 from pipeline.runtime.run_folder import run_folder
+from pipeline.runtime.signals import held_signals
 from pipeline.runtime.swap import Reloader, hand_out
 from pipeline.runtime.telemetry import Telemetry
 from pipeline.runtime.vigil import Service, SourceVigil
@@ -71,53 +72,61 @@ class Supervisor:
         self._reloader = Reloader(self._children, self._dispatcher, self.telemetry)
         self._vigil = SourceVigil(config.supervisor.silent_s)
         self._service = Service()
+        self._closing = contextlib.ExitStack()
 
     # --- beginning and end -----------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        publish = self._config.publish
-        with contextlib.ExitStack() as stack:
-            metrics = self._config.telemetry.metrics if self._mode == "live" else None
-            stack.enter_context(self.telemetry.served(metrics))
-            folder = stack.enter_context(run_folder())
-            self._hub = HubSocket(hub_endpoint(folder))
-            stack.callback(self._hub.close)
-            self._listener = Listener(
-                self._hub, self._children, self._dispatcher, self._reloader, self._dead_letters
-            )
-            self._publisher = Publisher(
-                [publish.endpoint] if publish.endpoint else [],
-                self._sensor.id,
-                publish.queue,
-                lossless=self._mode == "replay",
-                keys=ServerKeys.load(publish.keys) if publish.keys else None,
-            )
-            stack.callback(self._publisher.close)
-            self._outlet = Outlet(
-                self._config, self._sensor.id, self._publisher, self._dead_letters,
-                self.telemetry, self._children.be_patient,
-            )  # fmt: skip
-            for endpoint in self._config.front_endpoints:  # of a front that was killed
-                stack.callback(remove_stale, endpoint)
-            stack.callback(self._children.kill)
-            stack.callback(self._reloader.close)
-            for row, node in enumerate(self._config.topology):
-                task = NodeTask(
-                    config=self._config,
-                    row=row,
-                    run_dir=folder,
-                    mode=self._mode,
-                    sensor=self._sensor,
-                    shape=self._shape,
-                    intake=self._intake,
-                )
-                for replica in range(node.replicas):
-                    name = f"{node.name}.{replica}"
-                    vital = not node.beside or self._mode == "replay"
-                    self._children.add(name, row, task, vital=vital)
-            self._children.watch()
-            self._cleanup = stack.pop_all()
+        try:
+            with held_signals():
+                self._open()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
         return self
+
+    def _open(self) -> None:
+        publish, closing = self._config.publish, self._closing
+        metrics = self._config.telemetry.metrics if self._mode == "live" else None
+        closing.enter_context(self.telemetry.served(metrics))
+        folder = closing.enter_context(run_folder())
+        self._hub = HubSocket(hub_endpoint(folder))
+        closing.callback(self._hub.close)
+        self._listener = Listener(
+            self._hub, self._children, self._dispatcher, self._reloader, self._dead_letters
+        )
+        self._publisher = Publisher(
+            [publish.endpoint] if publish.endpoint else [],
+            self._sensor.id,
+            publish.queue,
+            lossless=self._mode == "replay",
+            keys=ServerKeys.load(publish.keys) if publish.keys else None,
+        )
+        closing.callback(self._publisher.close)
+        self._outlet = Outlet(
+            self._config, self._sensor.id, self._publisher, self._dead_letters,
+            self.telemetry, self._children.be_patient,
+        )  # fmt: skip
+        for endpoint in self._config.front_endpoints:  # of a front that was killed
+            closing.callback(remove_stale, endpoint)
+        closing.callback(self._children.kill)
+        closing.callback(self._reloader.close)
+        closing.push(self._end)
+        for row, node in enumerate(self._config.topology):
+            task = NodeTask(
+                config=self._config,
+                row=row,
+                run_dir=folder,
+                mode=self._mode,
+                sensor=self._sensor,
+                shape=self._shape,
+                intake=self._intake,
+            )
+            for replica in range(node.replicas):
+                name = f"{node.name}.{replica}"
+                vital = not node.beside or self._mode == "replay"
+                self._children.add(name, row, task, vital=vital)
+        self._children.watch()
 
     def __exit__(
         self,
@@ -125,15 +134,19 @@ class Supervisor:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with self._cleanup:
-            if kind is not None:
-                self._publisher.abandon()
-            else:
-                for child in self._children.all:
-                    child.done = True
-                    if not self._hub.send(child.identity, Word("stop")) and child.process:
-                        child.process.kill()
-                self._children.join(END_S if self._mode == "live" else STALL_S)
+        with held_signals():
+            self._closing.__exit__(kind, error, traceback)
+
+    def _end(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Let the nodes end by themselves, unless the run ends by an error."""
+        if kind is not None:
+            self._publisher.abandon()
+            return
+        for child in self._children.all:
+            child.done = True
+            if not self._hub.send(child.identity, Word("stop")) and child.process:
+                child.process.kill()
+        self._children.join(END_S if self._mode == "live" else STALL_S)
 
     def stop(self) -> None:
         """Ask the source to end; what is under way is still published. Safe in a signal handler."""
@@ -163,7 +176,8 @@ class Supervisor:
     def _turn_or_end(self) -> bool:
         """`_turn`; what ends a run that has started still ends its stream with totals."""
         try:
-            return self._turn()
+            with held_signals():
+                return self._turn()
         except Stuck:
             raise
         except PipelineError as error:

@@ -1,0 +1,33 @@
+"""Signals that end a process: their handlers may raise, and then do so anywhere."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def held_signals() -> Iterator[None]:
+    """What is done in this block is done whole: handlers of `ENDS` run at its end.
+
+    Blocking the signals would not do: a library's thread that does not block them takes them, and
+    Python then runs the handler in the main thread all the same. Elsewhere than in the main thread
+    no handler runs, and this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in ENDS}
+    held = [number for number, handler in before.items() if callable(handler)]
+    try:
+        for number in held:
+            signal.signal(number, lambda number, _frame: came.append(number))
+        yield
+    finally:
+        for number in held:
+            signal.signal(number, before[number])
+        for arrived in dict.fromkeys(came):
+            signal.raise_signal(arrived)
