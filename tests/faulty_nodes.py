@@ -9,11 +9,14 @@ from msgspec.structs import replace
 
 from pipeline.errors import PipelineError
 from pipeline.messages import Dropped, Unmixed
-from pipeline.runtime import node
+from pipeline.runtime import worker
+from pipeline.runtime.answers import encoded
 from pipeline.runtime.flow import Flow
+from pipeline.runtime.node import run_node
 from pipeline.stages.detect import Detect
 from pipeline.stages.recognise import Recognise
 from pipeline.stages.unmix import Unmix
+from pipeline.transport.hub import Word
 
 FRAME = 3
 
@@ -40,7 +43,7 @@ def numbers(batch):
 
 def babbling(task):
     """The unmix node answers one frame, whenever it meets it, with what is no word."""
-    whole = node._send
+    whole = worker.send
 
     def send(socket, message, trace):
         if task.node.name == "unmix" and message.info.seq == FRAME:
@@ -48,22 +51,22 @@ def babbling(task):
             return True
         return whole(socket, message, trace)
 
-    node._send = send
-    node.run_node(task)
+    worker.send = send
+    run_node(task)
 
 
 def corrupting(task):
     """The unmix node sends parts of a message that make none."""
-    whole = node._send
+    whole = worker.send
 
     def send(socket, message, trace):
         if task.node.name == "unmix" and message.info.seq == FRAME:
-            socket.send(node.Word("result", FRAME), [b"no header", b"no array"])
+            socket.send(Word("result", FRAME), [b"no header", b"no array"])
             return True
         return whole(socket, message, trace)
 
-    node._send = send
-    node.run_node(task)
+    worker.send = send
+    run_node(task)
 
 
 def dying(task):
@@ -77,12 +80,12 @@ def dying(task):
         return whole(self, batch)
 
     Flow.process_all = process_all
-    node.run_node(task)
+    run_node(task)
 
 
 def dying_once(task):
     """The first unmix node dies in the middle of its work; those after it do not."""
-    (dying if task.identity.endswith(b".1") else node.run_node)(task)
+    (dying if task.identity.endswith(b".1") else run_node)(task)
 
 
 def hanging_once(task):
@@ -96,12 +99,12 @@ def hanging_once(task):
 
     if task.identity.endswith(b".1"):
         Flow.process_all = process_all
-    node.run_node(task)
+    run_node(task)
 
 
 def lying(task):
     """The unmix node answers with the number of another frame inside."""
-    whole = node._send
+    whole = worker.send
 
     def send(socket, message, trace):
         if task.node.name == "unmix" and message.info.seq == FRAME:
@@ -110,12 +113,12 @@ def lying(task):
                 other = replace(message, patches=replace(message.patches, info=info))
             else:
                 other = replace(message, info=info)
-            socket.send(node.Word("result", FRAME), node._encoded(other, trace))
+            socket.send(Word("result", FRAME), encoded(other, trace))
             return True
         return whole(socket, message, trace)
 
-    node._send = send
-    node.run_node(task)
+    worker.send = send
+    run_node(task)
 
 
 def stumbling(task):
@@ -128,7 +131,7 @@ def stumbling(task):
         return whole(self, message)
 
     Detect.process = process
-    node.run_node(task)
+    run_node(task)
 
 
 def as_its_engine_is_called(task):
@@ -143,7 +146,7 @@ def as_its_engine_is_called(task):
         return whole(self, message)
 
     Unmix.process = process
-    node.run_node(task)
+    run_node(task)
 
 
 def as_its_detector_is_called(task):
@@ -159,7 +162,7 @@ def as_its_detector_is_called(task):
         return whole(self, message)
 
     Recognise.process = process
-    node.run_node(task)
+    run_node(task)
 
 
 def dying_beside(task):
@@ -172,12 +175,12 @@ def dying_beside(task):
         return whole(self, batch)
 
     Flow.process_all = process_all
-    node.run_node(task)
+    run_node(task)
 
 
 def mute_once(task):
     """The first unmix node says that it is alive, and never what became of one frame."""
-    whole = node._send
+    whole = worker.send
 
     def send(socket, message, trace):
         if task.node.name == "unmix" and message.info.seq == FRAME:
@@ -185,8 +188,8 @@ def mute_once(task):
         return whole(socket, message, trace)
 
     if task.identity.endswith(b".1"):
-        node._send = send
-    node.run_node(task)
+        worker.send = send
+    run_node(task)
 
 
 def on_demand(task):
@@ -194,7 +197,7 @@ def on_demand(task):
     folder = Path(os.environ[CHAOS])
     (folder / f"{task.identity.decode()}.pid").write_text(str(os.getpid()))
     wish = folder / f"{task.node.name}.damage"
-    whole = node._send
+    whole = worker.send
 
     def send(socket, message, trace):
         if isinstance(message, Dropped) or not wish.exists():
@@ -207,15 +210,15 @@ def on_demand(task):
         if kind == "word":
             socket._socket.send(b"no word at all")
         else:
-            parts = DAMAGE[kind](node._encoded(message, trace))
-            socket.send(node.Word("result", message.info.seq, t_ns=trace.t_ingest_ns), parts)
+            parts = DAMAGE[kind](encoded(message, trace))
+            socket.send(Word("result", message.info.seq, t_ns=trace.t_ingest_ns), parts)
         return True
 
-    node._send = send
-    node.run_node(task)
+    worker.send = send
+    run_node(task)
 
 
 def spawned(task):
     """Runs only in a process that has nothing of its parent's memory: no sockets, no locks."""
     assert not INHERITED, "this process was forked"
-    node.run_node(task)
+    run_node(task)

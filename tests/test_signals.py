@@ -16,8 +16,8 @@ from rich.console import Console
 from test_runtime import SCENE, first_status, start, totals, wait_for
 from test_runtime import run_dir as run_dir
 
-from pipeline.runtime.node import hub_endpoint
 from pipeline.runtime.run_folder import run_folder
+from pipeline.runtime.task import hub_endpoint
 from pipeline.summary import print_accounting
 from pipeline.transport.hub import HubSocket
 

@@ -22,12 +22,13 @@ from pipeline.runtime.dispatch import Dispatcher
 from pipeline.runtime.inlet import Intake
 from pipeline.runtime.join import make_ledger
 from pipeline.runtime.listener import Listener
-from pipeline.runtime.node import Mode, NodeTask, hub_endpoint, run_node
+from pipeline.runtime.node import run_node
 from pipeline.runtime.outlet import Messages, Outlet
 from pipeline.runtime.rehearsal import settle
 from pipeline.runtime.run_folder import run_folder
 from pipeline.runtime.signals import held_signals
 from pipeline.runtime.swap import Reloader, hand_out
+from pipeline.runtime.task import Mode, NodeTask, hub_endpoint
 from pipeline.runtime.telemetry import Telemetry
 from pipeline.runtime.vigil import Service, SourceVigil
 from pipeline.transport.hub import HubSocket, Word
