@@ -50,8 +50,9 @@ class Silence:
 class Subscriber:
     """An open subscription.
 
-    What this subscriber was too slow to take comes as `irst.gap/1`, too, with stage `subscriber`.
-    `rejected` counts messages that did not fit their schema. keys: folder of `pipeline keys`.
+    What this subscriber was too slow to take comes as `irst.gap/1`, too, with stage `subscriber`:
+    the last MAX_NAMED of it, `missed` counts all. `rejected` counts messages that did not fit their
+    schema. keys: folder of `pipeline keys`.
     Silence of 5 s is a warning in the log, its end another.
     """
 
@@ -61,7 +62,7 @@ class Subscriber:
         self._waiting: deque[dict[str, Any]] = deque()
         self._next_seq: int | None = None
         self._had: int | None = None  # targets and gaps since the start, None: it was not seen
-        self.rejected = 0
+        self.rejected = self.missed = 0
         cause = f"is the key of {keys} on its list" if keys else "does it want keys"
         self._silence = Silence(endpoint, cause)
 
@@ -95,24 +96,30 @@ class Subscriber:
         elif self._had is None and self._next_seq is None:
             self._socket.acknowledge(None)
         if schema in ("irst.targets/1", "irst.gap/1"):
-            seq = message["frame_seq"]
-            first = seq if self._next_seq is None else self._next_seq
-            for missing in range(max(first, seq - MAX_NAMED), seq):
-                self._waiting.append(
-                    {
-                        "schema": "irst.gap/1",
-                        "sensor_id": message["sensor_id"],
-                        "frame_seq": missing,
-                        "stage": "subscriber",
-                        "reason": "this subscriber fell behind",
-                    }
-                )
-            self._next_seq = seq + 1
+            self._name_missing(message["sensor_id"], message["frame_seq"])
+            self._next_seq = message["frame_seq"] + 1
             if self._had is not None:
                 self._had += 1
+        elif schema == "irst.eos/1":
+            self._name_missing(message["sensor_id"], message["frames_in"])
         self._waiting.append(message)
         if schema == "irst.eos/1" and self._had is not None:
             self._socket.acknowledge(self._had)
+
+    def _name_missing(self, sensor_id: str, until: int) -> None:
+        """Frames between the last one heard of and `until`, which were not heard of."""
+        first = until if self._next_seq is None else self._next_seq
+        self.missed += max(until - first, 0)
+        for missing in range(max(first, until - MAX_NAMED), until):
+            self._waiting.append(
+                {
+                    "schema": "irst.gap/1",
+                    "sensor_id": sensor_id,
+                    "frame_seq": missing,
+                    "stage": "subscriber",
+                    "reason": "this subscriber fell behind",
+                }
+            )
 
     def close(self) -> None:
         """End the subscription."""

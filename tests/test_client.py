@@ -6,7 +6,7 @@ import time
 import pytest
 from conftest import BIN
 
-from pipeline.client import Subscriber
+from pipeline.client import MAX_NAMED, Subscriber
 from pipeline.errors import RunError
 from pipeline.transport.publish import Publisher
 from pipeline.transport.security import make_keys
@@ -56,6 +56,17 @@ def test_what_a_subscriber_missed_comes_as_gaps_of_its_own(publisher, endpoint):
     told = [(m["frame_seq"], m["stage"]) for m in received(subscriber) if "frame_seq" in m]
     missed = [(seq, "subscriber") for seq in (2, 3, 4)]
     assert told == [(0, "crop"), (1, "crop"), *missed, (5, "crop")]
+    assert subscriber.missed == 3
+    subscriber.close()
+
+
+def test_what_a_subscriber_missed_at_the_end_and_beyond_what_is_named(publisher, endpoint):
+    subscriber = Subscriber(endpoint)
+    missed = MAX_NAMED + 10
+    send(publisher, START, gap(0), end(1 + missed))
+    told = [m["frame_seq"] for m in received(subscriber) if "frame_seq" in m]
+    assert told == [0, *range(11, 1 + missed)]
+    assert subscriber.missed == missed
     subscriber.close()
 
 
