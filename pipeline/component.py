@@ -80,6 +80,7 @@ class Source(ABC):
     shape: tuple[int, int]
     length: int | None = None  # number of frames, None if endless or unknown
     truth: Truth | None = None
+    offset: int | None = None  # of its sender's numbers from seq, None if not known or of no use
 
     @classmethod
     @abstractmethod
@@ -89,6 +90,13 @@ class Source(ABC):
     @abstractmethod
     def frames(self) -> Iterator[Frame | Dropped]:
         """The frames in order, seq counting from 0; a `Dropped` for each known to be lost."""
+
+    def resume(self, number: int) -> bool:  # noqa: ARG002, for those that number
+        """Go on where another process ended, before this number of the sender.
+
+        Called before `frames`. False if what was lost between cannot be told.
+        """
+        return False
 
     def close(self) -> None:  # noqa: B027, most sources hold nothing
         """Release what the source holds; `frames` ends soon after."""

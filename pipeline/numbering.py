@@ -51,6 +51,10 @@ class Numbering:
         self._next += 1
         return self._next - 1
 
+    def resume(self, number: int) -> None:
+        """The frame to come next has this number at its sender, unless some are lost before it."""
+        self._expected = number
+
     def begin_anew(self) -> None:
         """The sender starts again, with any number."""
         self._expected = None

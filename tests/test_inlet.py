@@ -71,6 +71,31 @@ def test_the_oldest_are_shed_as_one_range_and_the_newest_kept(wake):
     assert intake.taken == 1000
 
 
+class Numbered(Quick):
+    """One whose sender numbers from 40."""
+
+    offset = 40
+    resumed = None
+
+    def resume(self, number):
+        self.resumed = self.offset = number
+        return True
+
+
+@pytest.mark.parametrize(("kind", "flags"), [(Quick, ("restarted",)), (Numbered, ())])
+def test_the_first_frame_after_a_front_died_tells_if_losses_are_not_known(wake, kind, flags):
+    inlet, intake = make(kind(2), wake)
+    everything(inlet)
+    source = kind(2)
+    inlet = Inlet(lambda: source, 3, overflow="block", max_age_ns=None, intake=intake, wake=wake)
+    inlet.open()
+    infos = [item.frame.info for item in everything(inlet)]
+    assert [(info.seq, info.flags) for info in infos] == [(2, flags), (3, ())]
+    if kind is Numbered:
+        assert source.resumed == 42
+        assert intake.offset == 40
+
+
 def test_a_source_that_is_held_back_loses_nothing(wake):
     inlet, _ = make(Quick(200), wake, overflow="block")
     assert [item.frame.info.seq for item in everything(inlet)] == list(range(200))

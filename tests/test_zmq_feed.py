@@ -1,11 +1,14 @@
 """Frames pushed over ZeroMQ by other programs: what comes through, what is seen to be lost."""
 
+import contextlib
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgpack
@@ -15,6 +18,8 @@ import zmq
 from conftest import BIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_runtime import run_dir as run_dir
+from test_runtime import start, totals, wait_for, workers
 
 from pipeline.client import Subscriber
 from pipeline.component import component
@@ -88,6 +93,13 @@ def test_numbers_of_a_camera_begin_again_with_one_or_go_on(following):
     step = numbering.take(following + 1)
     assert (step.seq, list(step.lost), step.restarted) == (4, [], False)
     assert numbering.take(30000).restarted
+
+
+def test_another_process_goes_on_with_the_numbers():
+    numbering = Numbering()
+    numbering.resume(105)
+    step = numbering.take(108)
+    assert (step.seq, list(step.lost), step.restarted) == (3, [0, 1, 2], False)
 
 
 # --- message -------------------------------------------------------------------------------------
@@ -270,6 +282,60 @@ def live(tmp_path, sender_words, frames):
         pipeline.communicate()
         subscriber.close()
     return heard
+
+
+def push(endpoint, stop):
+    """Push frames, 100 a second, that tell their numbers; returns how many."""
+    pixels_HW = np.random.default_rng(1).normal(1000.0, 5.0, (128, 160)).astype("<u2")
+    with zmq.Context() as context, context.socket(zmq.PUSH) as sender:
+        sender.connect(endpoint)
+        for number in range(100_000):  # pragma: no branch
+            fields = header(number, shape=[128, 160], t_exposure_ns=number)
+            sender.send_multipart([msgpack.packb(fields), pixels_HW])
+            if stop.wait(0.01):
+                return number + 1
+
+
+def test_numbers_go_on_with_the_sender_when_the_front_dies(run_dir):
+    into, out = f"ipc://{run_dir}/in", f"ipc://{run_dir}/out"
+    process = start(
+        run_dir,
+        f"source: {{kind: zmq_feed, endpoint: '{into}', width: 160, height: 128}}\n"
+        "sensor: {full_scale: 16383, read_noise: 5}\n"
+        f"publish: {{endpoint: '{out}'}}\nsupervisor: {{name: {run_dir.name}}}\n",
+    )
+    stop, heard = threading.Event(), []
+    with ThreadPoolExecutor(1) as pool, contextlib.closing(Subscriber(out)) as subscriber:
+
+        def published():
+            heard.extend(iter(lambda: subscriber.receive(0.0), None))
+            return [message for message in heard if message["schema"] == "irst.targets/1"]
+
+        sent = pool.submit(push, into, stop)
+        try:
+            for which in (0, -1):  # the front, and the one started after all others
+                before = len(published())
+                wait_for(lambda: len(published()) > before + 20)  # noqa: B023, at once
+                front = workers(process.pid)[which]
+                os.kill(front, signal.SIGSTOP)
+                time.sleep(0.3)  # frames come to its socket that nobody will read
+                os.kill(front, signal.SIGKILL)
+            before = published()[-1]["frame_seq"]
+            wait_for(lambda: published()[-1]["frame_seq"] > before + 200)
+        finally:
+            stop.set()
+        last = sent.result() - 1
+        wait_for(lambda: published() and any(m.get("frame_seq") == last for m in heard))
+        process.send_signal(signal.SIGTERM)
+        stdout, stderr = process.communicate(timeout=30)
+        wait_for(lambda: published() and heard[-1]["schema"] == "irst.eos/1")
+        targets = published()
+    dropped = heard[-1]["dropped"]
+    assert process.returncode == 0
+    assert (totals(stdout)[0], stderr.count("restarting")) == (last + 1, 2)
+    assert all(message["frame_seq"] == message["t_exposure_ns"] for message in targets)
+    assert not any(message.get("frame_flags") for message in targets)
+    assert "feed: missing in the sender's numbers" in {one["reason"] for one in dropped}
 
 
 def test_the_python_example_feeds_a_live_pipeline(tmp_path):

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from pipeline.component import Source
 from pipeline.errors import PipelineError, RunError, told
 from pipeline.messages import Dropped, Frame, Malformed
+from pipeline.numbering import RESTARTED
 from pipeline.pacing import rarer
 from pipeline.runtime.topology import Overflow
 
@@ -24,9 +25,17 @@ log = logging.getLogger(__name__)
 
 
 class Intake(ctypes.Structure):
-    """What the front has shared memory for: it stays known whatever becomes of the front."""
+    """What the front has shared memory for: it stays known whatever becomes of the front.
 
-    _fields_ = (("taken", ctypes.c_int64), ("waiting", ctypes.c_int64))
+    offset: of the numbers of a sender from ours, if it gives any (`numbered`).
+    """
+
+    _fields_ = (
+        ("taken", ctypes.c_int64),
+        ("waiting", ctypes.c_int64),
+        ("offset", ctypes.c_int64),
+        ("numbered", ctypes.c_bool),
+    )
 
 
 class Shed(NamedTuple):
@@ -63,7 +72,9 @@ class Inlet:
     When `queue` frames wait: `block` lets the source wait, `drop-oldest` sheds the oldest, `fail`
     ends it with Overrun. Live, what waited longer than max_age_ns is shed as well, and a source
     that fails is opened again, ever more rarely, until it is there or the inlet is stopped; unless
-    it was wrong from the start. `wake` is an eventfd that is written when there is something new.
+    it was wrong from the start. The first frame of a source opened again, here or after the death
+    of another front, is flagged, unless the source can tell what was lost meanwhile. `wake` is an
+    eventfd that is written when there is something new.
     """
 
     def __init__(
@@ -132,11 +143,25 @@ class Inlet:
                 self._source, self._first = source, self._intake.taken
             if self._stopped:
                 return  # whoever stopped this could not close it yet
-            for frame in source.frames():
+            for frame in self._frames(source):
                 if not self._put(frame):
                     return
         finally:
             source.close()
+
+    def _frames(self, source: Source) -> Iterator[Frame | Dropped]:
+        """Those of the source, the first flagged if losses before it are not known."""
+        told = self._intake.numbered and source.resume(self._first + self._intake.offset)
+        silent = self._first > 0 and not told
+        for frame in source.frames():
+            if silent and isinstance(frame, Frame):
+                silent, flags = False, frame.info.flags
+                if RESTARTED not in flags:
+                    frame = replace(frame, info=replace(frame.info, flags=(*flags, RESTARTED)))
+            if source.offset is not None:
+                self._intake.offset = source.offset - self._first
+                self._intake.numbered = True
+            yield frame
 
     def _is_final(self, error: Exception) -> bool:
         """True if to open the source again is of no use, or, in replay, would not be the same."""

@@ -52,6 +52,7 @@ class ZmqFeed(FedSource):
         self.shape = (config.height, config.width)
         self._config = config
         self._closed = Event()
+        self._numbering = Numbering()
         self._kept = Allowance(KEPT_PER_S)
 
     @classmethod
@@ -59,26 +60,29 @@ class ZmqFeed(FedSource):
         """Make the source; it listens when its frames are asked for."""
         return cls(config, sensor)
 
+    def resume(self, number: int) -> bool:
+        """What the sender has sent since, and nobody has received, is missing in its numbers."""
+        self._numbering.resume(number)
+        return True
+
     def frames(self) -> Iterator[Frame | Dropped]:
         """What comes, without end; raises PipelineError if nobody can listen at the endpoint."""
         inbox = self.listen(self._config.endpoint)
-        numbering = Numbering()
         try:
             while not self._closed.is_set():
                 sent = inbox.receive(WAIT_S)
                 if sent is not None:
-                    yield from self._numbered(sent, numbering)
+                    yield from self._numbered(sent)
         finally:
             inbox.close()
 
-    def _numbered(
-        self, sent: SentFrame | BadMessage, numbering: Numbering
-    ) -> Iterator[Frame | Dropped]:
+    def _numbered(self, sent: SentFrame | BadMessage) -> Iterator[Frame | Dropped]:
         """A frame as one of ours, after the losses before it."""
         if sent.seq is None:
-            step = Step(numbering.unnumbered(), range(0), restarted=False)
+            step = Step(self._numbering.unnumbered(), range(0), restarted=False)
         else:
-            step = numbering.take(sent.seq)
+            step = self._numbering.take(sent.seq)
+            self.offset = sent.seq - step.seq
         for seq in step.lost:
             yield Dropped(seq, "source", "feed: missing in the sender's numbers")
         if isinstance(sent, BadMessage):
