@@ -312,6 +312,22 @@ print(whole.get_property("INFERENCE_NUM_THREADS"))
     assert int(told.stdout) == len(os.sched_getaffinity(0))
 
 
+def test_signals_are_handled_after_engines_end_in_the_order_they_began(tmp_path: Path) -> None:
+    """OpenVINO's plugins set the stack for that, and the second set that of the first again."""
+    end = f"""
+import signal
+from pathlib import Path
+from engines.loader import open_engine
+engines = [open_engine(Path({str(portable(tmp_path))!r})) for _ in range(2)]
+for engine in engines:
+    engine.close()
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGTERM)
+"""
+    told = subprocess.run([sys.executable, "-c", end], capture_output=True, text=True)
+    assert (told.returncode, told.stdout) == (0, "handled\n"), told.stderr
+
+
 @several_cores
 def test_a_lane_that_fails_leaves_no_other_reading_the_patches(tmp_path: Path, monkeypatch) -> None:
     with open_engine(portable(tmp_path)) as engine:

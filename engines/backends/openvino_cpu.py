@@ -113,7 +113,7 @@ class _Lane:
     """A compiled network and its requests, one a slot; core: its threads run there alone."""
 
     def __init__(self, network: Any, properties: dict[str, Any], core: int | None) -> None:
-        with contextlib.nullcontext() if core is None else _on(core):
+        with contextlib.nullcontext() if core is None else _on(core), _signal_stack_kept():
             compiled = openvino.compile_model(network, "CPU", properties)
         self.core = core
         self._requests = [compiled.create_infer_request() for _ in range(IN_FLIGHT)]
@@ -149,6 +149,27 @@ def _on(core: int) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+class _Stack(ctypes.Structure):
+    """`stack_t` of sigaltstack(2)."""
+
+    _fields_ = (("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextlib.contextmanager
+def _signal_stack_kept() -> Iterator[None]:
+    """Each of OpenVINO's plugins sets the stack this thread handles signals on: set it back.
+
+    Left so, the second of two that end in the order they began would set that of the first again,
+    which is gone by then, and the next signal somebody handles be a segmentation fault.
+    """
+    before = _Stack()
+    _libc.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        _libc.sigaltstack(ctypes.byref(before), None)
 
 
 def _cores(manifest: EngineManifest, properties: dict[str, Any]) -> list[int | None]:
