@@ -3,15 +3,20 @@
 import multiprocessing.popen_spawn_posix
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from pipeline.config import load_config, open_source
 from pipeline.runtime.signals import ENDS, held_signals
 from pipeline.runtime.supervisor import Supervisor
+
+SCENE = {"width": 160, "height": 128, "singles": 3, "groups": 2}
 
 
 class EndError(BaseException):
@@ -100,10 +105,18 @@ def test_nothing_is_held_beside_the_main_thread():
         assert pool.submit(block).result() is signal.getsignal(signal.SIGINT)
 
 
+@pytest.fixture
+def opened(monkeypatch, tmp_path):
+    """A configuration and what a supervisor is made of; folders of runs go into `tmp_path`."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    config = load_config(None, source={"kind": "synthetic", **SCENE})
+    source = open_source(config)
+    return config, "replay", source.sensor, source.shape
+
+
 @pytest.mark.usefixtures("other_thread")
 @pytest.mark.parametrize("which", [1, 2])
-def test_a_signal_in_the_middle_of_a_start_undoes_it(number, which, monkeypatch, tmp_path):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+def test_a_signal_in_the_middle_of_a_start_undoes_it(number, which, opened, monkeypatch, tmp_path):
     launch, started = multiprocessing.popen_spawn_posix.Popen._launch, []
 
     def interrupted(self, process):
@@ -114,11 +127,43 @@ def test_a_signal_in_the_middle_of_a_start_undoes_it(number, which, monkeypatch,
         launch(self, process)
 
     monkeypatch.setattr(multiprocessing.popen_spawn_posix.Popen, "_launch", interrupted)
-    scene = {"width": 160, "height": 128, "singles": 3, "groups": 2}
-    config = load_config(None, source={"kind": "synthetic", **scene})
-    source = open_source(config)
-    with pytest.raises(EndError), Supervisor(config, "replay", source.sensor, source.shape):
+    with pytest.raises(EndError), Supervisor(*opened):
         pytest.fail("the start went on")
-    assert len(started) == len(config.topology)
+    assert len(started) == len(opened[0].topology)
     assert not any(process.is_alive() for process in started)
+    assert list(tmp_path.glob("irst-*")) == []
+
+
+def test_a_run_held_up_by_a_subscriber_can_be_ended(number, opened, monkeypatch):
+    monkeypatch.setattr("pipeline.transport.publish.Publisher._sent", lambda *_: False)
+    threading.Timer(3.0, os.kill, (os.getpid(), number)).start()
+    began = time.monotonic()
+    with pytest.raises(EndError), Supervisor(*opened) as supervisor:
+        list(supervisor.messages())
+    assert time.monotonic() - began < 30.0
+
+
+NEVER_LEFT = """
+import sys
+from pipeline.config import load_config, open_source
+from pipeline.runtime.supervisor import Supervisor
+config = load_config(None, source={source})
+source = open_source(config)
+supervisor = Supervisor(config, "replay", source.sensor, source.shape).__enter__()
+for child in supervisor._children.all:
+    print(child.process.pid, flush=True)
+sys.exit(7)
+"""
+
+
+def test_a_run_whose_end_is_never_reached_leaves_nothing_behind(tmp_path):
+    """As by a second signal, between the first and what it would have ended."""
+    script = NEVER_LEFT.format(source={"kind": "synthetic", **SCENE})
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    words = [sys.executable, "-c", script]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=60, env=environment)
+    assert (result.returncode, result.stderr) == (7, "")
+    nodes = result.stdout.split()
+    assert len(nodes) == 2
+    assert not any(Path(f"/proc/{node}").exists() for node in nodes)
     assert list(tmp_path.glob("irst-*")) == []

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.errors import RunError
 from pipeline.runtime.settings import SupervisorSettings
-from pipeline.runtime.signals import ENDS
+from pipeline.runtime.signals import ENDS, held_signals
 
 FIRST_DELAY_S, MAX_DELAY_S = 0.25, 30.0
 END_S = 2.0
@@ -148,22 +148,30 @@ class Children:
         child.start_at_s = time.monotonic()
 
     def _start(self, child: Child, now_s: float) -> None:
+        try:
+            with held_signals():
+                self._launch(child, now_s)
+        except OSError as error:  # the machine has no process or memory to give just now
+            self._bury(child, now_s, f"could not be started ({error.strerror})")
+
+    def _launch(self, child: Child, now_s: float) -> None:
         """Start with signals blocked, which the node inherits.
 
         A Ctrl-C goes to all, but is the supervisor's to act on.
         """
         child.number += 1
         child.ready, child.heard_s, child.start_at_s, child.last_words = False, now_s, None, ""
-        child.holds = None
+        child.process = child.holds = None
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
         try:
-            child.process = self._spawn.Process(
+            process = self._spawn.Process(
                 target=self.entry,
                 args=(replace(child.task, identity=child.identity, supervisor_pid=os.getpid()),),
                 name=child.name,
                 daemon=True,
             )
-            child.process.start()
+            process.start()
+            child.process = process
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -189,12 +197,12 @@ class Children:
 
     def kill(self) -> None:
         """End what still runs."""
-        for child in self.all + self.retired:
-            if child.process is not None:
-                child.process.kill()
-        for child in self.all + self.retired:
-            if child.process is not None:
-                child.process.join()
+        known = self.all + self.retired
+        processes = [child.process for child in known if child.process is not None]
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
 
 
 def _end(process: BaseProcess) -> None:

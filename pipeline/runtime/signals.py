@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -19,15 +20,24 @@ def held_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
     before = {number: signal.getsignal(number) for number in ENDS}
-    held = [number for number, handler in before.items() if callable(handler)]
+    handlers = {number: handler for number, handler in before.items() if callable(handler)}
+    came: list[int] = []
+    holding = True
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        if holding:
+            came.append(number)
+        else:  # while the handlers are put back
+            handlers[signal.Signals(number)](number, frame)
+
     try:
-        for number in held:
-            signal.signal(number, lambda number, _frame: came.append(number))
+        for number in handlers:
+            signal.signal(number, hold)
         yield
     finally:
-        for number in held:
-            signal.signal(number, before[number])
+        holding = False
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         for arrived in dict.fromkeys(came):
             signal.raise_signal(arrived)

@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable
+from multiprocessing import util
 from types import TracebackType
 from typing import Self
 
@@ -82,12 +83,15 @@ class Supervisor:
             with held_signals():
                 self._open()
         except BaseException as error:
-            self.__exit__(type(error), error, error.__traceback__)
+            self._close(error)
             raise
         return self
 
     def _open(self) -> None:
         publish, closing = self._config.publish, self._closing
+        # Should a second signal keep `__exit__` from it: before Python waits for the nodes to end.
+        at_exit = util.Finalize(None, self._close, (SystemExit(),), exitpriority=1)
+        closing.callback(at_exit.cancel)
         metrics = self._config.telemetry.metrics if self._mode == "live" else None
         closing.enter_context(self.telemetry.served(metrics))
         folder = closing.enter_context(run_folder())
@@ -104,6 +108,7 @@ class Supervisor:
             keys=ServerKeys.load(publish.keys) if publish.keys else None,
         )
         closing.callback(self._publisher.close)
+        closing.push(self._abandon)
         self._outlet = Outlet(
             self._config, self._sensor.id, self._publisher, self._dead_letters,
             self.telemetry, self._children.be_patient,
@@ -112,7 +117,6 @@ class Supervisor:
             closing.callback(remove_stale, endpoint)
         closing.callback(self._children.kill)
         closing.callback(self._reloader.close)
-        closing.push(self._end)
         for row, node in enumerate(self._config.topology):
             task = NodeTask(
                 config=self._config,
@@ -133,16 +137,26 @@ class Supervisor:
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        traceback: TracebackType | None,
+        _traceback: TracebackType | None,
     ) -> None:
-        with held_signals():
-            self._closing.__exit__(kind, error, traceback)
+        try:
+            if kind is None:
+                self._let_nodes_end()
+        except BaseException as interrupted:
+            self._close(interrupted)
+            raise
+        self._close(error)
 
-    def _end(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Let the nodes end by themselves, unless the run ends by an error."""
+    def _close(self, error: BaseException | None) -> None:
+        with held_signals():
+            self._closing.__exit__(type(error) if error else None, error, None)
+
+    def _abandon(self, kind: type[BaseException] | None, *_: object) -> None:
+        """What a run that has failed still has to say gets no more than a second."""
         if kind is not None:
             self._publisher.abandon()
-            return
+
+    def _let_nodes_end(self) -> None:
         for child in self._children.all:
             child.done = True
             if not self._hub.send(child.identity, Word("stop")) and child.process:
@@ -177,8 +191,7 @@ class Supervisor:
     def _turn_or_end(self) -> bool:
         """`_turn`; what ends a run that has started still ends its stream with totals."""
         try:
-            with held_signals():
-                return self._turn()
+            return self._turn()
         except Stuck:
             raise
         except PipelineError as error:
@@ -191,17 +204,21 @@ class Supervisor:
 
     def _turn(self) -> bool:
         """Listen, keep house, hand out and publish once; True when the stream is over."""
-        wait_ms = LISTEN_MS
+        heard = self._hub.receive(LISTEN_MS)
+        self._dispatcher.expire(
+            time.monotonic_ns()
+        )  # before an answer that comes too late is heard
         for _ in range(MAX_HEARD):
-            if (heard := self._hub.receive(wait_ms)) is None:
+            if heard is None:
                 break
             self._listener.hear(*heard)
-            wait_ms = 0
+            heard = self._hub.receive(0)
         if (now := time.monotonic()) >= self._next_housekeeping:
-            if now > self._next_housekeeping + ABSENT_S:
+            absent_s = now - self._next_housekeeping
+            if absent_s > min(ABSENT_S, 0.5 * self._config.supervisor.stall_s):
                 self._children.be_patient()
+                self._drained_by += absent_s
             self._keep_house(now)
-        self._dispatcher.expire(time.monotonic_ns())
         for worker, job in self._dispatcher.assign():
             hand_out(self._hub, worker, job)  # not there: it is dead, and will be buried
         self._reloader.turn(self._dispatcher.outcomes, self._hub)

@@ -21,7 +21,7 @@ from pipeline.transport.sockets import LINGER_MS, bind, new_socket, reason, spea
 
 POLL_MS = 100
 STALL_S = 60
-GRACE_S, GRACE_EVERY_S = 0.01, 0.25
+GRACE_S, GRACE_TRIES, GRACE_EVERY_S = 0.01, 20, 0.25
 MAX_TOPIC_BYTES = 1024
 """libzmq walks a topic byte by byte in recursion: one of megabytes overflows its stack."""
 ACKS = b"acks"
@@ -116,11 +116,10 @@ class Publisher:
         """
         if self._sent(parts):
             return True
-        now = time.monotonic()
-        if now < self._grace_at:
+        if time.monotonic() < self._grace_at:
             return False
-        while time.monotonic() < now + GRACE_S:
-            time.sleep(GRACE_S / 20)
+        for _ in range(GRACE_TRIES):  # counted, as either thread may not have run meanwhile
+            time.sleep(GRACE_S / GRACE_TRIES)
             if self._sent(parts):
                 return True
         self._grace_at = time.monotonic() + GRACE_EVERY_S
