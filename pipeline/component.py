@@ -20,6 +20,7 @@ from pipeline.errors import PipelineError
 from pipeline.formats.calibration import Calibration
 from pipeline.formats.recording import Truth as Truth  # part of what a source offers
 from pipeline.messages import BadMessage, Dropped, Frame, SentFrame
+from pipeline.numbering import Position
 from pipeline.physics.geometry import Geometry
 from pipeline.physics.sensor import Sensor
 
@@ -80,7 +81,7 @@ class Source(ABC):
     shape: tuple[int, int]
     length: int | None = None  # number of frames, None if endless or unknown
     truth: Truth | None = None
-    offset: int | None = None  # of its sender's numbers from seq, None if not known or of no use
+    position: Position | None = None  # after the frame last given, if its sender numbers them
 
     @classmethod
     @abstractmethod
@@ -91,10 +92,10 @@ class Source(ABC):
     def frames(self) -> Iterator[Frame | Dropped]:
         """The frames in order, seq counting from 0; a `Dropped` for each known to be lost."""
 
-    def resume(self, number: int) -> bool:  # noqa: ARG002, for those that number
-        """Go on where another process ended, before this number of the sender.
+    def resume(self, position: Position) -> bool:  # noqa: ARG002, for those that have one
+        """Before `frames`: go on where another process was, whose frames ended before 0 here.
 
-        Called before `frames`. False if what was lost between cannot be told.
+        False if what was lost between cannot be told.
         """
         return False
 

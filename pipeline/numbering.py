@@ -1,6 +1,7 @@
 """A sender's frame numbers into those of a source, so that what was lost on the way is seen."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 MAX_GAP = 1000
 """A longer jump of the sender's numbers is a new beginning, not so many lost frames."""
@@ -16,6 +17,17 @@ class Step:
     seq: int
     lost: range
     restarted: bool
+
+
+class Position(NamedTuple):
+    """Where a numbering is, for another process to go on with.
+
+    offset: what a frame's number at its sender is more than its number here. unnumbered: how many
+    of ours, since the last that it gave a number, had none.
+    """
+
+    offset: int
+    unnumbered: int
 
 
 class Numbering:
@@ -51,9 +63,17 @@ class Numbering:
         self._next += 1
         return self._next - 1
 
-    def resume(self, number: int) -> None:
-        """The frame to come next has this number at its sender, unless some are lost before it."""
-        self._expected = number
+    @property
+    def position(self) -> Position | None:
+        """None before the first number."""
+        if self._expected is None:
+            return None
+        return Position(self._expected - self._next + self._unnumbered, self._unnumbered)
+
+    def resume(self, position: Position) -> None:
+        """Go on, before the first frame, with the sender of another numbering."""
+        self._expected = self._next + position.offset - position.unnumbered
+        self._unnumbered = position.unnumbered
 
     def begin_anew(self) -> None:
         """The sender starts again, with any number."""

@@ -10,6 +10,7 @@ import pytest
 from pipeline.component import Source
 from pipeline.errors import PipelineError, Unavailable
 from pipeline.messages import Dropped, Frame, FrameInfo, Malformed
+from pipeline.numbering import Position
 from pipeline.runtime.inlet import Inlet, Intake, Overrun, Shed, Taken
 
 
@@ -74,11 +75,10 @@ def test_the_oldest_are_shed_as_one_range_and_the_newest_kept(wake):
 class Numbered(Quick):
     """One whose sender numbers from 40."""
 
-    offset = 40
-    resumed = None
+    position = Position(40, 0)
 
-    def resume(self, number):
-        self.resumed = self.offset = number
+    def resume(self, position):
+        self.position = position
         return True
 
 
@@ -92,8 +92,38 @@ def test_the_first_frame_after_a_front_died_tells_if_losses_are_not_known(wake, 
     infos = [item.frame.info for item in everything(inlet)]
     assert [(info.seq, info.flags) for info in infos] == [(2, flags), (3, ())]
     if kind is Numbered:
-        assert source.resumed == 42
-        assert intake.offset == 40
+        assert source.position == Position(42, 0)
+        assert intake.position == Position(40, 0)
+
+
+class Returned(Source):
+    """One whose sender has begun anew, after losses."""
+
+    @classmethod
+    def build(cls, config, sensor):
+        return cls()
+
+    def frames(self):
+        yield from (Dropped(seq, "source", "missing") for seq in range(30))
+        for seq in range(30, 35):
+            flags = ("restarted",) if seq == 30 else ()
+            yield Frame(FrameInfo(seq, "s", 0, "utc", (1, 1), flags), np.zeros((1, 1), np.uint8))
+
+
+def test_what_is_lost_takes_no_room_and_a_frame_that_is_shed_hands_on_its_flag(wake):
+    inlet, _ = make(Returned(), wake)
+    while not inlet._ended:
+        time.sleep(0.01)
+    items = everything(inlet)
+    assert items[:2] == [Shed(0, 30, "missing"), Shed(30, 32, "overload: oldest frame shed")]
+    infos = [item.frame.info for item in items[2:]]
+    assert [(i.seq, i.flags) for i in infos] == [(32, ("restarted",)), (33, ()), (34, ())]
+
+
+def test_what_is_lost_is_no_overrun(wake):
+    inlet, _ = make(Returned(), wake, queue=5, overflow="fail")
+    everything(inlet)
+    assert inlet.failure is None
 
 
 def test_a_source_that_is_held_back_loses_nothing(wake):
@@ -173,12 +203,12 @@ def test_what_the_source_lost_keeps_its_place_and_reason(wake, overflow):
     items = everything(inlet)
     told = [(i.first, i.end, i.reason) if isinstance(i, Shed) else i.frame.info.seq for i in items]
     shed, missing = "overload: oldest frame shed", "feed: missing"
-    late = [46, (47, 48, missing), 48]
+    late = [45, 46, (47, 48, missing), 48]
     if overflow == "block":
-        assert told == [40, (41, 42, missing), 42, 43, (44, 45, missing), 45, *late]
+        assert told == [40, (41, 42, missing), 42, 43, (44, 45, missing), *late]
     else:
         losses = [(40, 41, shed), (41, 42, missing), (42, 44, shed), (44, 45, missing)]
-        assert told == [*losses, (45, 46, shed), *late]
+        assert told == [*losses, *late]
     assert intake.taken == 49
 
 

@@ -26,7 +26,7 @@ from pipeline.component import component
 from pipeline.config import load_config, open_source
 from pipeline.errors import PipelineError
 from pipeline.messages import BadMessage, Dropped, Frame, Pose
-from pipeline.numbering import MAX_GAP, Numbering
+from pipeline.numbering import MAX_GAP, Numbering, Position
 from pipeline.transport.feed import sent_frame
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -95,11 +95,21 @@ def test_numbers_of_a_camera_begin_again_with_one_or_go_on(following):
     assert numbering.take(30000).restarted
 
 
-def test_another_process_goes_on_with_the_numbers():
-    numbering = Numbering()
-    numbering.resume(105)
-    step = numbering.take(108)
-    assert (step.seq, list(step.lost), step.restarted) == (3, [0, 1, 2], False)
+@pytest.mark.parametrize(
+    ("number", "lost", "offset"),
+    [(105, [], 105), (106, [], 106), (107, [0], 106), (109, [0, 1, 2], 106)],
+)
+def test_another_process_goes_on_with_the_numbers(number, lost, offset):
+    first, second = Numbering(), Numbering()
+    assert first.position is None
+    assert (first.take(100).seq, first.take(104).seq) == (0, 4)
+    assert first.unnumbered() == 5  # which was number 105, or none of the sender's
+    assert first.position == Position(100, 1)
+    second.resume(Position(106, 1))  # of which 0 is 6
+    assert second.position == Position(106, 1)
+    step = second.take(number)
+    assert (step.seq, list(step.lost), step.restarted) == (len(lost), lost, False)
+    assert second.position == Position(offset, 0)
 
 
 # --- message -------------------------------------------------------------------------------------

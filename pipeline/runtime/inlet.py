@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from pipeline.component import Source
 from pipeline.errors import PipelineError, RunError, told
 from pipeline.messages import Dropped, Frame, Malformed
-from pipeline.numbering import RESTARTED
+from pipeline.numbering import RESTARTED, Position
 from pipeline.pacing import rarer
 from pipeline.runtime.topology import Overflow
 
@@ -27,15 +27,26 @@ log = logging.getLogger(__name__)
 class Intake(ctypes.Structure):
     """What the front has shared memory for: it stays known whatever becomes of the front.
 
-    offset: of the numbers of a sender from ours, if it gives any (`numbered`).
+    offset, unnumbered: the source's `position`, if it has one (`positioned`).
     """
 
     _fields_ = (
         ("taken", ctypes.c_int64),
         ("waiting", ctypes.c_int64),
         ("offset", ctypes.c_int64),
-        ("numbered", ctypes.c_bool),
+        ("unnumbered", ctypes.c_int64),
+        ("positioned", ctypes.c_bool),
     )
+
+    @property
+    def position(self) -> Position | None:
+        """As the source had it that gave the frames up to `taken`."""
+        return Position(self.offset, self.unnumbered) if self.positioned else None
+
+    def note(self, position: Position) -> None:
+        """Keep the source's position."""
+        self.offset, self.unnumbered = position
+        self.positioned = True
 
 
 class Shed(NamedTuple):
@@ -92,6 +103,8 @@ class Inlet:
         self._source: Source | None = None
         self._first = 0
         self._waiting: deque[Taken | Shed] = deque()  # a Shed: what the source itself lost
+        self._frames_waiting = 0
+        self._flag = False  # of a frame that is lost, for the next that is not
         self._shed: deque[Shed] = deque()  # all older than what waits
         self._room = threading.Condition()
         self._stopped = False
@@ -151,16 +164,14 @@ class Inlet:
 
     def _frames(self, source: Source) -> Iterator[Frame | Dropped]:
         """Those of the source, the first flagged if losses before it are not known."""
-        told = self._intake.numbered and source.resume(self._first + self._intake.offset)
+        before = self._intake.position
+        told = before is not None and source.resume(_moved(before, self._first))
         silent = self._first > 0 and not told
         for frame in source.frames():
             if silent and isinstance(frame, Frame):
-                silent, flags = False, frame.info.flags
-                if RESTARTED not in flags:
-                    frame = replace(frame, info=replace(frame.info, flags=(*flags, RESTARTED)))
-            if source.offset is not None:
-                self._intake.offset = source.offset - self._first
-                self._intake.numbered = True
+                silent, frame = False, _restarted(frame)
+            if source.position is not None:
+                self._intake.note(_moved(source.position, -self._first))
             yield frame
 
     def _is_final(self, error: Exception) -> bool:
@@ -174,33 +185,41 @@ class Inlet:
         """Queue a frame by the policy; False if no more are wanted."""
         t_ingest_ns = time.monotonic_ns()
         with self._room:
-            while self._overflow == "block" and len(self._waiting) >= self._queue:
+            while self._overflow == "block" and self._is_full(frame):
                 if self._stopped:
                     return False
                 self._room.wait()
             if self._stopped:
                 return False
-            if self._overflow == "fail" and len(self._waiting) >= self._queue:
+            if self._overflow == "fail" and self._is_full(frame):
                 raise Overrun(
                     f"{self._queue} frames wait at the source and topology.front.overflow is fail; "
                     "let it be drop-oldest, or lower the frame rate"
                 )
             seq = self._first + (frame.seq if isinstance(frame, Dropped) else frame.info.seq)
             self._intake.taken = seq + 1
-            if len(self._waiting) >= self._queue:
-                self._lose(self._waiting.popleft(), "overload: oldest frame shed")
+            while self._is_full(frame):
+                self._lose("overload: oldest frame shed")
             if isinstance(frame, Dropped):
                 self._waiting.append(_shed(frame, seq))
             else:
                 info = replace(frame.info, seq=seq)
                 self._waiting.append(Taken(replace(frame, info=info), t_ingest_ns))
-            self._intake.waiting = len(self._waiting)
+                self._frames_waiting += 1
+            self._intake.waiting = self._frames_waiting
         os.eventfd_write(self._wake, 1)
         return True
 
-    def _lose(self, item: Taken | Shed, reason: str) -> None:
+    def _is_full(self, frame: Frame | Dropped) -> bool:
+        """True if there is no room for this; what is lost takes none."""
+        return isinstance(frame, Frame) and self._frames_waiting >= self._queue
+
+    def _lose(self, reason: str) -> None:
         """Count the oldest as lost; what the source lost keeps the source's reason."""
+        item = self._waiting.popleft()
         if isinstance(item, Taken):
+            self._frames_waiting -= 1
+            self._flag |= RESTARTED in item.frame.info.flags
             seq = item.frame.info.seq
             item = Shed(seq, seq + 1, reason)
         before = self._shed[-1] if self._shed else None
@@ -215,15 +234,18 @@ class Inlet:
             now_ns = time.monotonic_ns()
             while self._waiting and self._is_lost(self._waiting[0], now_ns):
                 limit_ms = (self._max_age_ns or 0) / 1e6
-                self._lose(self._waiting.popleft(), f"older than {limit_ms:g} ms")
+                self._lose(f"older than {limit_ms:g} ms")
                 self._room.notify()
             item: Shed | Taken | None = None
             if self._shed:
                 item = self._shed.popleft()
             elif granted and self._waiting:
                 item = self._waiting.popleft()
+                self._frames_waiting -= 1
                 self._room.notify()
-            self._intake.waiting = len(self._waiting)
+                if self._flag and isinstance(item, Taken):
+                    self._flag, item = False, item._replace(frame=_restarted(item.frame))
+            self._intake.waiting = self._frames_waiting
         return item
 
     def _is_lost(self, item: Taken | Shed, now_ns: int) -> bool:
@@ -258,6 +280,18 @@ class Inlet:
         self.stop()
         if self._reader is not None:
             self._reader.join(JOIN_S)
+
+
+def _moved(position: Position, by: int) -> Position:
+    """The same place, where our numbers are less by so many."""
+    return position._replace(offset=position.offset + by)
+
+
+def _restarted(frame: Frame) -> Frame:
+    """It comes after frames of which it is not known how many were lost."""
+    if RESTARTED in (flags := frame.info.flags):
+        return frame
+    return replace(frame, info=replace(frame.info, flags=(*flags, RESTARTED)))
 
 
 def _shed(lost: Dropped, seq: int) -> Shed:

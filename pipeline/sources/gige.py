@@ -61,6 +61,7 @@ class Gige(Source):
     def __init__(self, config: Config, sensor: dict[str, Any]) -> None:
         self._config = config
         self._closed = Event()
+        self._restarted = False  # and no frame has said so yet
         self._helper: subprocess.Popen[bytes] | None = None
         found = self._probe()
         self._format = self._streams = found["pixel_format"]
@@ -127,7 +128,7 @@ class Gige(Source):
     def frames(self) -> Iterator[Frame | Dropped]:
         """What the camera sends, without end."""
         numbering = Numbering(last=LAST_NUMBER)
-        back, away = False, False
+        away = False
         while not self._closed.is_set():
             reason = "the helper process ended"
             with self._start(probe=False) as self._helper:
@@ -136,8 +137,8 @@ class Gige(Source):
                         if self._closed.is_set():
                             return
                         if event["event"] in ("frame", "lost"):
-                            yield from self._numbered(event, payload, numbering, back)
-                            back, away = back and event["event"] == "lost", False
+                            yield from self._numbered(event, payload, numbering)
+                            away = False
                         elif event["event"] == "camera":
                             self._streams = event["pixel_format"]
                         else:
@@ -149,13 +150,14 @@ class Gige(Source):
             if not away:
                 yield Dropped(numbering.unnumbered(), "source", f"gige: {reason}; waiting for it")
                 numbering.begin_anew()
-                back, away = True, True
+                self._restarted = away = True
 
     def _numbered(
-        self, event: dict[str, Any], payload: bytes, numbering: Numbering, back: bool
+        self, event: dict[str, Any], payload: bytes, numbering: Numbering
     ) -> Iterator[Frame | Dropped]:
         """A frame of the camera as one of ours, after the losses before it."""
         step = numbering.take(event["number"])
+        self._restarted |= step.restarted
         for seq in step.lost:
             yield Dropped(seq, "source", "gige: missing in the camera's numbers")
         reason = event.get("reason") or self._misfit(event)
@@ -167,13 +169,14 @@ class Gige(Source):
         except ValueError as error:
             yield Dropped(step.seq, "source", f"gige: {error}")
             return
+        restarted, self._restarted = self._restarted, False
         info = FrameInfo(
             seq=step.seq,
             sensor_id=self.sensor.id,
             t_exposure_ns=round(event["t_ns"] + 0.5 * self._exposure_ns),
             clock=event["clock"],
             shape=self.shape,
-            flags=(RESTARTED,) if back or step.restarted else (),
+            flags=(RESTARTED,) if restarted else (),
         )
         yield Frame(info, pixels_HW)
 
