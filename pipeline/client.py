@@ -102,9 +102,10 @@ class Subscriber:
                 self._had += 1
         elif schema == "irst.eos/1":
             self._name_missing(message["sensor_id"], message["frames_in"])
+            if self._had is not None:
+                self._socket.acknowledge(self._had)
+            self._next_seq = self._had = None  # what comes now is another run's
         self._waiting.append(message)
-        if schema == "irst.eos/1" and self._had is not None:
-            self._socket.acknowledge(self._had)
 
     def _name_missing(self, sensor_id: str, until: int) -> None:
         """Frames between the last one heard of and `until`, which were not heard of."""
