@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from pipeline.errors import PipelineError
 from pipeline.messages import Dropped, Unmixed
-from pipeline.runtime import worker
+from pipeline.runtime import front, worker
 from pipeline.runtime.answers import encoded
 from pipeline.runtime.flow import Flow
 from pipeline.runtime.node import run_node
@@ -150,13 +150,13 @@ def as_its_engine_is_called(task):
 
 
 def as_its_detector_is_called(task):
-    """A node beside with the detector `slow` takes 200 ms more, with `failing` it says nothing."""
+    """A node beside with the detector `slow` takes 600 ms more, with `failing` it says nothing."""
     whole = Recognise.process
     name = Path(task.config.stages["recognise"].engine).parent.name
 
     def process(self, message):
         if name == "slow":
-            time.sleep(0.2)
+            time.sleep(0.6)
         elif name == "failing":
             raise PipelineError("no idea")
         return whole(self, message)
@@ -171,6 +171,7 @@ def dying_beside(task):
 
     def process_all(self, batch):
         if task.node.beside and FRAME in numbers(batch):
+            time.sleep(SENT_S)
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(self, batch)
 
@@ -214,7 +215,7 @@ def on_demand(task):
             socket.send(Word("result", message.info.seq, t_ns=trace.t_ingest_ns), parts)
         return True
 
-    worker.send = send
+    front.send = worker.send = send
     run_node(task)
 
 

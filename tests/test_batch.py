@@ -152,7 +152,7 @@ def test_a_live_node_does_frames_together_and_publishes_each_in_order(scene_reco
     opened.close()
     assert [m["frame_seq"] for m in messages if "frame_seq" in m] == list(range(120))
     published = [m for m in messages if m["schema"] == "irst.targets/1"]
-    assert messages[-1]["published"] == len(published) > 60
+    assert messages[-1]["published"] == len(published) > 20
     took = Counter(m["stage_ns"]["unmix"] for m in published)
     assert max(took.values()) == 4, "frames done at once took the same time"
     assert len(took) < len(published) / 2

@@ -38,7 +38,7 @@ def config(scene_recording, tiny, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(
         f"source: {{kind: zarr_recording, path: {scene_recording}}}\n"
-        "supervisor: {stall_s: 1}\n" + FUSION.format(engine=tiny)
+        "supervisor: {stall_s: 5}\n" + FUSION.format(engine=tiny)
     )
     return load_config(file)
 
@@ -199,7 +199,7 @@ def test_a_detector_that_keeps_dying_never_ends_the_run(run_dir, tiny):  # noqa:
 
 def test_another_detector_takes_over_and_no_frame_is_lost(run_dir, tiny, tmp_path):  # noqa: F811
     other = write_tiny_yolo(tmp_path, width=320, centre_sigma_px=2.0)
-    process = live(run_dir, tiny, "swap: {frames: 5}\n")
+    process = live(run_dir, tiny, "swap: {frames: 5, slower: 20, answered: 0.5}\n")
     first_status(process)
     subscriber = Subscriber(f"ipc://{run_dir}/out")
     messages = listen(subscriber, is_fused)

