@@ -93,8 +93,9 @@ class Subscriber:
         schema = message["schema"]
         if schema == "irst.start/1":
             self._next_seq, self._had = 0, 0
-        elif self._had is None and self._next_seq is None:
-            self._socket.acknowledge(None)
+            self._socket.begin()
+        elif schema != "irst.heartbeat/1" and self._had is None and self._next_seq is None:
+            self._socket.decline()
         if schema in ("irst.targets/1", "irst.gap/1"):
             self._name_missing(message["sensor_id"], message["frame_seq"])
             self._next_seq = message["frame_seq"] + 1

@@ -90,6 +90,43 @@ def test_the_end_is_acknowledged_with_what_was_had(publisher, endpoint):
     subscriber.close()
 
 
+def test_a_subscriber_is_waited_for_at_the_end_of_each_stream_it_sees_begin(publisher, endpoint):
+    subscriber = Subscriber(endpoint)
+    for frames in (2, 3, 3):
+        heartbeat = {"schema": "irst.heartbeat/1", "published": 0, "t_monotonic_ns": 1}
+        send(publisher, heartbeat)
+        assert len(received(subscriber)) == 1
+        publisher.listen(100)
+        assert publisher._acknowledging == 1, "which does not show that the stream had begun"
+        send(publisher, START, *map(gap, range(frames)))
+        publisher.expect_acknowledged()
+        send(publisher, end(frames))
+        assert len(received(subscriber)) == frames + 2
+        publisher.wait_acknowledged(frames, 5.0)
+    subscriber.close()
+
+
+def test_what_was_acknowledged_of_a_stream_before_is_not_of_this_one(endpoint):
+    subscriber = Subscriber(endpoint)
+    for frames in (3, 2, 2):  # each with a new connection, over which all is told again
+        publisher = Publisher([endpoint], "roof", 100, lossless=True)
+        until = time.monotonic() + 20
+        while not publisher.subscribers:
+            assert subscriber.receive(0.01) is None
+            publisher.listen(10)
+            assert time.monotonic() < until
+        send(publisher, START, *map(gap, range(frames)))
+        publisher.expect_acknowledged()
+        with pytest.raises(RunError, match="did not acknowledge"):
+            publisher.wait_acknowledged(frames, 0.2)
+        send(publisher, end(frames))
+        assert [m["schema"] for m in received(subscriber)][-1] == "irst.eos/1"
+        publisher.wait_acknowledged(frames, 5.0)
+        publisher.abandon()
+        publisher.close()
+    subscriber.close()
+
+
 def test_a_version_that_is_not_known_is_refused_and_said_once(publisher, endpoint, caplog):
     subscriber = Subscriber(endpoint)
     newer = {"schema": "irst.targets/2", "frame_seq": 1}

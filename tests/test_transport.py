@@ -128,7 +128,7 @@ def test_the_end_of_a_stream_is_acknowledged_with_a_count(endpoint):
     publisher = Publisher([endpoint], "roof", 100, lossless=True)
     whole, short, elsewhere = (SubscriberSocket(endpoint) for _ in range(3))
     come(publisher, 3)
-    elsewhere.acknowledge(None)
+    elsewhere.decline()
     whole.acknowledge(12)
     with pytest.raises(RunError, match="1 subscribers did not acknowledge"):
         publisher.wait_acknowledged(12, 1.0)

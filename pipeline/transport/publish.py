@@ -21,7 +21,7 @@ from pipeline.transport.sockets import LINGER_MS, bind, new_socket, reason, spea
 
 POLL_MS = 100
 STALL_S = 60
-GRACE_S, GRACE_TRIES, GRACE_EVERY_S = 0.01, 20, 0.25
+GRACE_S, GRACE_TRIES, MAX_GRACE_S, GRACE_EVERY_S = 0.01, 20, 0.05, 0.25
 MAX_TOPIC_BYTES = 1024
 """libzmq walks a topic byte by byte in recursion: one of megabytes overflows its stack."""
 ACKS = b"acks"
@@ -116,9 +116,12 @@ class Publisher:
         """
         if self._sent(parts):
             return True
-        if time.monotonic() < self._grace_at:
+        now = time.monotonic()
+        if now < self._grace_at:
             return False
         for _ in range(GRACE_TRIES):  # counted, as either thread may not have run meanwhile
+            if time.monotonic() > now + MAX_GRACE_S:
+                break
             time.sleep(GRACE_S / GRACE_TRIES)
             if self._sent(parts):
                 return True
@@ -165,6 +168,11 @@ class Publisher:
             elif change > 0 and topic.startswith(ACK) and topic[len(ACK) :].isdigit():
                 self._acknowledged.append(int(topic[len(ACK) :][:18]))
 
+    def expect_acknowledged(self) -> None:
+        """The end comes next: what was acknowledged before was another stream's."""
+        self._listen(0)
+        self._acknowledged.clear()
+
     def wait_acknowledged(self, messages: int, timeout_s: float) -> None:
         """Return once all who acknowledge have had so many messages of targets and gaps.
 
@@ -206,7 +214,8 @@ class SubscriberSocket:
     def __init__(self, endpoint: str, *, queue: int = 1000, keys: ClientKeys | None = None) -> None:
         self._socket = new_socket(zmq.SUB)
         self._socket.setsockopt(zmq.RCVHWM, queue)
-        self._socket.setsockopt(zmq.SUBSCRIBE, ACKS)
+        self._said: set[bytes] = set()
+        self.begin()
         self._socket.setsockopt(zmq.SUBSCRIBE, b"targets.")
         try:
             if keys is not None:
@@ -228,12 +237,25 @@ class SubscriberSocket:
         parts = self._socket.recv_multipart()
         return parts[1] if len(parts) == 2 else b""
 
-    def acknowledge(self, messages: int | None) -> None:
-        """Tell the publisher how many messages there were; None = do not wait for me."""
-        if messages is None:
-            self._socket.setsockopt(zmq.UNSUBSCRIBE, ACKS)
-        else:
-            self._socket.setsockopt(zmq.SUBSCRIBE, ACK + str(messages).encode())
+    def begin(self) -> None:
+        """A stream begins: its publisher is to wait until all of it has been acknowledged."""
+        self._say(ACKS)
+
+    def acknowledge(self, messages: int) -> None:
+        """Tell the publisher how many messages there were."""
+        self._say(ACKS, ACK + str(messages).encode())
+
+    def decline(self) -> None:
+        """Tell the publisher not to wait: this subscriber came when the stream had begun."""
+        self._say()
+
+    def _say(self, *topics: bytes) -> None:
+        """Be subscribed to these of the topics that are for the publisher to see, and no other."""
+        for topic in self._said - set(topics):
+            self._socket.setsockopt(zmq.UNSUBSCRIBE, topic)
+        for topic in set(topics) - self._said:
+            self._socket.setsockopt(zmq.SUBSCRIBE, topic)
+        self._said = set(topics)
 
     def close(self) -> None:
         """Leave."""
