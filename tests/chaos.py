@@ -245,15 +245,21 @@ class Chaos:
         while self._deaf:
             self._undeafen()
         self.wait(lambda: not list(self._folder.glob("*.damage")))
-        while not self._letters()["over the feed"]:  # it may have died with a front
-            self._feed_garbage()
-            time.sleep(0.5)
+        self.wait(self._has_fed)
         while not self.figures().get("irst_swaps_total", "", "taken"):
             before = self._swaps_decided()
             self._swap()
             self.wait(lambda before=before: self._swaps_decided() > before)
         self.wait(lambda: self.well)
         return well_s
+
+    def _has_fed(self) -> bool:
+        """True if garbage is a letter; else more is fed, as it may have died with a front."""
+        if self._letters()["over the feed"]:
+            return True
+        self._feed_garbage()
+        time.sleep(0.5)
+        return False
 
     def _letters(self) -> Counter[str]:
         """Dead letters by their cause."""

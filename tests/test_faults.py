@@ -78,7 +78,7 @@ def test_a_process_the_machine_has_no_room_for_is_started_later(config, monkeypa
     monkeypatch.setattr(multiprocessing.popen_spawn_posix.Popen, "_launch", launched)
     messages, restarts = played(config)
     assert (restarts, gaps(messages)) == (1, [])
-    assert "unmix.0 could not be started (Resource temporarily unavailable)" in caplog.text
+    assert "not started: Resource temporarily unavailable; restarting" in caplog.text
 
 
 def test_live_too_a_worker_that_never_answers_a_frame_given_up_long_ago_is_replaced(

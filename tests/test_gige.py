@@ -1,6 +1,5 @@
 """GigE Vision against Aravis's fake camera on loopback, and the unpacking of pixel formats."""
 
-import contextlib
 import os
 import shutil
 import signal
@@ -116,12 +115,8 @@ def fake_camera(*options):
     words = [FAKE, "-i", ADDRESS, "-s", "TEST", *options]
     camera = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(20):
-            time.sleep(0.5)
-            assert camera.poll() is None, "the fake camera did not start: is its port in use?"
-            with contextlib.suppress(Unavailable):
-                build()
-                break
+        time.sleep(1.0)
+        assert camera.poll() is None, "the fake camera did not start: is its port in use?"
         yield camera
     finally:
         camera.kill()

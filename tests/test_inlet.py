@@ -120,6 +120,31 @@ def test_what_is_lost_takes_no_room_and_a_frame_that_is_shed_hands_on_its_flag(w
     assert [(i.seq, i.flags) for i in infos] == [(32, ("restarted",)), (33, ()), (34, ())]
 
 
+def test_a_flag_that_nobody_has_seen_outlives_its_front(wake):
+    inlet, intake = make(Returned(), wake, queue=5)
+    while not inlet._ended:
+        time.sleep(0.01)
+    assert inlet.take(granted=False) == Shed(0, 30, "missing")
+    inlet.close()  # the flagged frame waits in it
+    source = Numbered(2)
+    intake.note(source.position)
+    after = Inlet(lambda: source, 3, overflow="block", max_age_ns=None, intake=intake, wake=wake)
+    after.open()
+    flags = [item.frame.info.flags for item in everything(after)]
+    assert flags == [("restarted",), ()]
+    assert not intake.restarted
+
+
+def test_very_many_losses_are_held_back(wake, monkeypatch):
+    monkeypatch.setattr("pipeline.runtime.inlet.MAX_LOSSES", 10)
+    inlet, intake = make(Returned(), wake, overflow="fail", queue=5)
+    time.sleep(0.3)
+    assert intake.taken == 15
+    items = everything(inlet)
+    assert sum(item.end - item.first for item in items if isinstance(item, Shed)) == 30
+    assert inlet.failure is None
+
+
 def test_what_is_lost_is_no_overrun(wake):
     inlet, _ = make(Returned(), wake, queue=5, overflow="fail")
     everything(inlet)

@@ -17,10 +17,12 @@ from conftest import BIN
 
 from pipeline.client import Subscriber
 from pipeline.component import Stage
-from pipeline.config import load_config
+from pipeline.config import load_config, open_source
 from pipeline.messages import Dropped, Frame, FrameInfo, Trace
 from pipeline.physics.sensor import Sensor
+from pipeline.runtime import replay
 from pipeline.runtime.flow import Flow
+from pipeline.runtime.listener import Listener
 from pipeline.runtime.topology import TOPOLOGY
 from pipeline.watch import read_figures
 
@@ -193,6 +195,23 @@ def test_nodes_end_when_their_supervisor_is_killed(run_dir):
     wait_for(lambda: not any(alive(node) for node in nodes), 10.0)
     left = {path.name for path in run_dir.iterdir()}
     assert left == {"config.yaml"}, "no socket is left behind"
+
+
+def test_a_turn_that_hears_only_so_much_loses_nothing(run_dir, scene_recording, monkeypatch):
+    monkeypatch.setattr("pipeline.runtime.supervisor.MAX_HEARD", 2)
+    hear = Listener.hear
+
+    def slowly(*words):
+        time.sleep(0.02)  # meanwhile more comes
+        hear(*words)
+
+    monkeypatch.setattr(Listener, "hear", slowly)
+    config = load_config(None, source={"kind": "zarr_recording", "path": scene_recording})
+    source = open_source(config)
+    messages = list(replay.over_zeromq(config, source))
+    source.close()
+    assert (messages[-1]["frames_in"], messages[-1]["published"]) == (12, 12)
+    assert not [message for message in messages if message["schema"] == "irst.gap/1"]
 
 
 def test_a_source_that_ends_ends_the_run(run_dir):

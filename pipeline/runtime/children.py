@@ -152,7 +152,8 @@ class Children:
             with held_signals():
                 self._launch(child, now_s)
         except OSError as error:  # the machine has no process or memory to give just now
-            self._bury(child, now_s, f"could not be started ({error.strerror})")
+            child.last_words = f"not started: {error.strerror}"
+            self._bury(child, now_s, "is not there")
 
     def _launch(self, child: Child, now_s: float) -> None:
         """Start with signals blocked, which the node inherits.

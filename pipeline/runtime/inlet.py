@@ -15,12 +15,13 @@ from msgspec.structs import replace
 from pipeline.component import Source
 from pipeline.errors import PipelineError, RunError, told
 from pipeline.messages import Dropped, Frame, Malformed
-from pipeline.numbering import RESTARTED, Position
+from pipeline.numbering import MAX_GAP, RESTARTED, Position
 from pipeline.pacing import rarer
 from pipeline.runtime.topology import Overflow
 
 FIRST_RETRY_S, MOST_RETRY_S = 0.25, 30.0
 JOIN_S = 0.3
+MAX_LOSSES = 2 * MAX_GAP
 log = logging.getLogger(__name__)
 
 
@@ -36,6 +37,7 @@ class Intake(ctypes.Structure):
         ("offset", ctypes.c_int64),
         ("unnumbered", ctypes.c_int64),
         ("positioned", ctypes.c_bool),
+        ("restarted", ctypes.c_bool),  # a frame that says so waits, or was lost
     )
 
     @property
@@ -104,7 +106,7 @@ class Inlet:
         self._first = 0
         self._waiting: deque[Taken | Shed] = deque()  # a Shed: what the source itself lost
         self._frames_waiting = 0
-        self._flag = False  # of a frame that is lost, for the next that is not
+        self._unflagged = False  # a frame that said `restarted` was lost, and no other says it yet
         self._shed: deque[Shed] = deque()  # all older than what waits
         self._room = threading.Condition()
         self._stopped = False
@@ -166,7 +168,7 @@ class Inlet:
         """Those of the source, the first flagged if losses before it are not known."""
         before = self._intake.position
         told = before is not None and source.resume(_moved(before, self._first))
-        silent = self._first > 0 and not told
+        silent = self._first > 0 and (not told or self._intake.restarted)
         for frame in source.frames():
             if silent and isinstance(frame, Frame):
                 silent, frame = False, _restarted(frame)
@@ -185,13 +187,13 @@ class Inlet:
         """Queue a frame by the policy; False if no more are wanted."""
         t_ingest_ns = time.monotonic_ns()
         with self._room:
-            while self._overflow == "block" and self._is_full(frame):
+            while self._is_full(frame) and self._holds_back(frame):
                 if self._stopped:
                     return False
                 self._room.wait()
             if self._stopped:
                 return False
-            if self._overflow == "fail" and self._is_full(frame):
+            if self._is_full(frame) and self._overflow == "fail":
                 raise Overrun(
                     f"{self._queue} frames wait at the source and topology.front.overflow is fail; "
                     "let it be drop-oldest, or lower the frame rate"
@@ -205,21 +207,30 @@ class Inlet:
             else:
                 info = replace(frame.info, seq=seq)
                 self._waiting.append(Taken(replace(frame, info=info), t_ingest_ns))
+                self._intake.restarted |= RESTARTED in info.flags
                 self._frames_waiting += 1
             self._intake.waiting = self._frames_waiting
         os.eventfd_write(self._wake, 1)
         return True
 
     def _is_full(self, frame: Frame | Dropped) -> bool:
-        """True if there is no room for this; what is lost takes none."""
-        return isinstance(frame, Frame) and self._frames_waiting >= self._queue
+        """True if there is no room for this; what is lost takes none, unless it is very much."""
+        if isinstance(frame, Dropped):
+            return len(self._waiting) >= self._queue + MAX_LOSSES
+        return self._frames_waiting >= self._queue
+
+    def _holds_back(self, frame: Frame | Dropped) -> bool:
+        """True if the source has to wait where there is no room for this."""
+        return self._overflow == "block" or (
+            self._overflow == "fail" and isinstance(frame, Dropped)
+        )
 
     def _lose(self, reason: str) -> None:
         """Count the oldest as lost; what the source lost keeps the source's reason."""
         item = self._waiting.popleft()
         if isinstance(item, Taken):
             self._frames_waiting -= 1
-            self._flag |= RESTARTED in item.frame.info.flags
+            self._unflagged |= RESTARTED in item.frame.info.flags
             seq = item.frame.info.seq
             item = Shed(seq, seq + 1, reason)
         before = self._shed[-1] if self._shed else None
@@ -243,10 +254,18 @@ class Inlet:
                 item = self._waiting.popleft()
                 self._frames_waiting -= 1
                 self._room.notify()
-                if self._flag and isinstance(item, Taken):
-                    self._flag, item = False, item._replace(frame=_restarted(item.frame))
+                if isinstance(item, Taken):
+                    item = self._flagged(item)
             self._intake.waiting = self._frames_waiting
         return item
+
+    def _flagged(self, item: Taken) -> Taken:
+        """With the flag of a frame lost before it."""
+        frame = _restarted(item.frame) if self._unflagged else item.frame
+        self._unflagged = False
+        if RESTARTED in frame.info.flags:
+            self._intake.restarted = False
+        return item._replace(frame=frame)
 
     def _is_lost(self, item: Taken | Shed, now_ns: int) -> bool:
         """Lost by the source, or live for too long."""

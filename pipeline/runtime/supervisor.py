@@ -40,7 +40,7 @@ from pipeline.transport.sockets import remove_stale
 DRAIN_S = 2.0
 LISTEN_MS = 10
 HOUSEKEEPING_S = 0.05
-ABSENT_S = 1.0
+ABSENT_S = 0.5
 END_S = 0.5
 MAX_HEARD = 256
 
@@ -181,6 +181,7 @@ class Supervisor:
         while not self._turn_or_end():
             yield from self._outlet.taken()
         yield from self._outlet.taken()
+        self._publisher.expect_acknowledged()
         self._outlet.output.end(self._dispatcher.next_in)
         yield from self._outlet.taken()
         if failure := self._failure or self._listener.failure:
@@ -204,21 +205,18 @@ class Supervisor:
 
     def _turn(self) -> bool:
         """Listen, keep house, hand out and publish once; True when the stream is over."""
-        heard = self._hub.receive(LISTEN_MS)
-        self._dispatcher.expire(
-            time.monotonic_ns()
-        )  # before an answer that comes too late is heard
-        for _ in range(MAX_HEARD):
+        for number in range(MAX_HEARD):
+            heard = self._hub.receive(0 if number else LISTEN_MS)
+            if not number:
+                self._dispatcher.expire(time.monotonic_ns())  # before a late answer is heard
             if heard is None:
                 break
             self._listener.hear(*heard)
-            heard = self._hub.receive(0)
         if (now := time.monotonic()) >= self._next_housekeeping:
-            absent_s = now - self._next_housekeeping
-            if absent_s > min(ABSENT_S, 0.5 * self._config.supervisor.stall_s):
+            if now > self._next_housekeeping + ABSENT_S:
                 self._children.be_patient()
-                self._drained_by += absent_s
             self._keep_house(now)
+        self._dispatcher.expire(time.monotonic_ns())
         for worker, job in self._dispatcher.assign():
             hand_out(self._hub, worker, job)  # not there: it is dead, and will be buried
         self._reloader.turn(self._dispatcher.outcomes, self._hub)
@@ -291,7 +289,7 @@ class Supervisor:
             self._dispatcher.gone(child.identity)
             return
         if self._mode == "replay":
-            how = f"exit code {child.process.exitcode}" if child.process else "not started"
+            how = f"exit code {child.process.exitcode}" if child.process else child.last_words
             raise RunError(
                 f"node {child.name} died ({how}); a replay without its source cannot go on"
             )
