@@ -298,8 +298,9 @@ def push(endpoint, stop):
     """Push frames, 100 a second, that tell their numbers; returns how many."""
     pixels_HW = np.random.default_rng(1).normal(1000.0, 5.0, (128, 160)).astype("<u2")
     with zmq.Context() as context, context.socket(zmq.PUSH) as sender:
+        sender.linger, sender.sndtimeo = 1000, 20_000
         sender.connect(endpoint)
-        for number in range(100_000):  # pragma: no branch
+        for number in range(100_000):
             fields = header(number, shape=[128, 160], t_exposure_ns=number)
             sender.send_multipart([msgpack.packb(fields), pixels_HW])
             if stop.wait(0.01):
@@ -332,6 +333,9 @@ def test_numbers_go_on_with_the_sender_when_the_front_dies(run_dir):
                 os.kill(front, signal.SIGKILL)
             before = published()[-1]["frame_seq"]
             wait_for(lambda: published()[-1]["frame_seq"] > before + 200)
+        except BaseException:
+            process.kill()
+            raise
         finally:
             stop.set()
         last = sent.result() - 1
