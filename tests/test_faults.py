@@ -23,7 +23,7 @@ def config(scene_recording, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(
         f"source: {{kind: zarr_recording, path: {scene_recording}}}\n"
-        "supervisor: {stall_s: 5}\n"
+        "supervisor: {stall_s: 3}\n"
         f"dead_letters: {{folder: {tmp_path / 'letters'}}}\n"
     )
     return load_config(file)

@@ -188,6 +188,7 @@ def test_recording_nothing_is_no_success(run_dir, number):
     assert "publish.frames" in stderr
 
 
+@pytest.mark.patient
 def test_targets_that_never_come_are_said_and_a_recorder_told_to_end_ends_well(run_dir):
     process = start(run_dir, CONFIG.format(folder=run_dir, frames="").replace("wait_for: 1", ""))
     folder = run_dir / "recordings"

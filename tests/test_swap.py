@@ -160,6 +160,7 @@ def test_an_engine_in_the_front_cannot_change_in_a_run(tmp_path):
             check_swap(old, new)
 
 
+@pytest.mark.patient
 @pytest.mark.timeout(300)
 def test_a_detector_that_does_not_answer_as_well_is_refused(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(
