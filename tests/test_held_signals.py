@@ -135,16 +135,18 @@ def test_a_signal_in_the_middle_of_a_start_undoes_it(number, which, opened, monk
 
 
 def test_a_run_held_up_by_a_subscriber_can_be_ended(number, opened, monkeypatch):
-    tries = iter(range(50))
+    tries, held = iter(range(50)), []
 
     def held_up(*_):
         if next(tries, None) is None:
             signal.raise_signal(number)
-        return False
+            held.append(number)
+        return bool(held)
 
     monkeypatch.setattr("pipeline.transport.publish.Publisher._sent", held_up)
     with pytest.raises(EndError), Supervisor(*opened) as supervisor:
         list(supervisor.messages())
+    assert held == []
 
 
 NEVER_LEFT = """
