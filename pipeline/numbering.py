@@ -43,6 +43,7 @@ class Numbering:
         self._next = 0
         self._expected: int | None = None
         self._unnumbered = 0
+        self._restarted = False  # and no frame has said so yet
 
     def take(self, number: int) -> Step:
         """The next frame, which has this number at its sender."""
@@ -50,6 +51,7 @@ class Numbering:
         if self._last is not None:
             missing %= self._last
         restarted = not 0 <= missing <= MAX_GAP
+        self._restarted |= restarted
         lost = 0 if restarted else max(missing - self._unnumbered, 0)
         first = self._next
         self._next += lost + 1
@@ -79,3 +81,9 @@ class Numbering:
         """The sender starts again, with any number."""
         self._expected = None
         self._unnumbered = 0
+        self._restarted = True
+
+    def flags(self) -> tuple[str, ...]:
+        """Those of a frame that is given now: the first since its sender began anew says so."""
+        restarted, self._restarted = self._restarted, False
+        return (RESTARTED,) if restarted else ()

@@ -20,8 +20,7 @@ def held_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in ENDS}
-    handlers = {number: handler for number, handler in before.items() if callable(handler)}
+    handlers = {number: then for number in ENDS if callable(then := signal.getsignal(number))}
     came: list[int] = []
     holding = True
 

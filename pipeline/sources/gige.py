@@ -21,7 +21,7 @@ from pipeline.component import Settings, Source, configured_sensor
 from pipeline.errors import PipelineError, Unavailable
 from pipeline.imaging.pixel_formats import BITS, unpack
 from pipeline.messages import Dropped, Frame, FrameInfo
-from pipeline.numbering import RESTARTED, Numbering
+from pipeline.numbering import Numbering
 from pipeline.physics.groups import SIZE_PX
 from pipeline.physics.sensor import Sensor
 
@@ -61,7 +61,6 @@ class Gige(Source):
     def __init__(self, config: Config, sensor: dict[str, Any]) -> None:
         self._config = config
         self._closed = Event()
-        self._restarted = False  # and no frame has said so yet
         self._helper: subprocess.Popen[bytes] | None = None
         found = self._probe()
         self._format = self._streams = found["pixel_format"]
@@ -150,14 +149,13 @@ class Gige(Source):
             if not away:
                 yield Dropped(numbering.unnumbered(), "source", f"gige: {reason}; waiting for it")
                 numbering.begin_anew()
-                self._restarted = away = True
+                away = True
 
     def _numbered(
         self, event: dict[str, Any], payload: bytes, numbering: Numbering
     ) -> Iterator[Frame | Dropped]:
         """A frame of the camera as one of ours, after the losses before it."""
         step = numbering.take(event["number"])
-        self._restarted |= step.restarted
         for seq in step.lost:
             yield Dropped(seq, "source", "gige: missing in the camera's numbers")
         reason = event.get("reason") or self._misfit(event)
@@ -169,14 +167,13 @@ class Gige(Source):
         except ValueError as error:
             yield Dropped(step.seq, "source", f"gige: {error}")
             return
-        restarted, self._restarted = self._restarted, False
         info = FrameInfo(
             seq=step.seq,
             sensor_id=self.sensor.id,
             t_exposure_ns=round(event["t_ns"] + 0.5 * self._exposure_ns),
             clock=event["clock"],
             shape=self.shape,
-            flags=(RESTARTED,) if restarted else (),
+            flags=numbering.flags(),
         )
         yield Frame(info, pixels_HW)
 

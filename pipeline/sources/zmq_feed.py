@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from pipeline.component import FedSettings, FedSource, configured_sensor
 from pipeline.messages import BadMessage, Dropped, Frame, FrameInfo, Malformed, SentFrame
-from pipeline.numbering import RESTARTED, Numbering, Position, Step
+from pipeline.numbering import Numbering, Position, Step
 from pipeline.pacing import Allowance
 from pipeline.physics.groups import SIZE_PX
 from pipeline.physics.sensor import Sensor
@@ -53,7 +53,6 @@ class ZmqFeed(FedSource):
         self._config = config
         self._closed = Event()
         self._numbering = Numbering()
-        self._restarted = False  # and no frame has said so yet
         self._kept = Allowance(KEPT_PER_S)
 
     @classmethod
@@ -84,7 +83,6 @@ class ZmqFeed(FedSource):
         else:
             step = self._numbering.take(sent.seq)
         self.position = self._numbering.position
-        self._restarted |= step.restarted
         for seq in step.lost:
             yield Dropped(seq, "source", "feed: missing in the sender's numbers")
         if isinstance(sent, BadMessage):
@@ -93,14 +91,13 @@ class ZmqFeed(FedSource):
         if fault := self._misfit(sent):
             yield Dropped(step.seq, "source", f"feed: {fault}")
             return
-        restarted, self._restarted = self._restarted, False
         info = FrameInfo(
             seq=step.seq,
             sensor_id=self.sensor.id,
             t_exposure_ns=sent.t_exposure_ns,
             clock=sent.clock,
             shape=self.shape,
-            flags=(*sent.flags, RESTARTED) if restarted else sent.flags,
+            flags=(*sent.flags, *self._numbering.flags()),
             pose=sent.pose,
         )
         yield Frame(info, sent.pixels_HW)
