@@ -43,13 +43,22 @@ class Batch(_Facts):
 
 
 class Parity(_Facts):
-    """How near its maps are to the reference's, on held-out patches."""
+    """How near its maps are to the reference's, on held-out patches.
+
+    Of an engine for sensors of several σ: at the one where it loses most.
+    """
 
     reference: str = Field(description="e.g. torch 2.13.0 f32")
     patches: int = Field(ge=1)
+    sigma_px: float | None = Field(None, gt=0.0, description="of the sensor; None: not unmixing")
     error: float = Field(ge=0.0, description="rms of the difference over rms of the map")
     cso_map: float | None = Field(None, ge=0.0, le=1.0, description="None: it does not unmix")
     reference_cso_map: float | None = Field(None, ge=0.0, le=1.0)
+
+    @property
+    def loss(self) -> float:
+        """By how much its CSO-mAP is lower than the reference's; 0 if it does not unmix."""
+        return (self.reference_cso_map or 0.0) - (self.cso_map or 0.0)
 
 
 class Latency(_Facts):

@@ -81,8 +81,11 @@ def test_however_the_flow_is_cut_into_processes_the_targets_are_identical(
     three.write_text("topology: {unmix: {replicas: 3}}")
     one = Path(__file__).parents[1] / "configs" / "one_process.yaml"
     expected = [without_times(message) for message in replayed[1]]
-    for words in (["--in-process"], ["--config", three], ["--config", one]):
-        result = command("pipeline", "replay", scene_recording, *words, "--out", out)
+    module = ("python", "-m", "pipeline")
+    for program, words in (
+        (["pipeline"], ["--in-process"]), (module, ["--config", three]), (module, ["--config", one])
+    ):  # fmt: skip
+        result = command(*program, "replay", scene_recording, *words, "--out", out)
         assert result.returncode == 0, result.stderr
         assert [without_times(message) for message in read_lines(out)] == expected
 

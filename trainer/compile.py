@@ -17,7 +17,7 @@ from engines.manifest import Manifest, read_manifest
 from trainer.aside import aside, move_in
 from trainer.build import TAKES, Candidate, Variant, Wish, built, check_portable
 from trainer.errors import TrainerError, TrainingFailed
-from trainer.parity import HeldOut, Reference, faults, held_out, parity, reference
+from trainer.parity import HeldOut, Reference, faults, held_out, parity, references
 from trainer.timing import timed
 
 CHOICES: dict[Target, tuple[Precision, ...]] = {
@@ -68,10 +68,14 @@ def compile_model(
                 continue
             candidates.append(_timed(made, held, tell))
         tell("comparing with the reference")
-        wanted = reference(model, manifest, held)
-        tell(f"{wanted.name}: CSO-mAP {wanted.cso_map:.4f} on {len(held.patch)} patches")
+        wanted = references(model, manifest, wish.patches)
+        for each in wanted:
+            tell(
+                f"{each.name}: CSO-mAP {each.cso_map:.4f} on {len(each.held.patch)} patches at "
+                f"σ {each.held.sigma_px:g} px"
+            )
         candidates.sort(key=lambda candidate: candidate.p50_ms)
-        best = _first_good(candidates, wanted, held)
+        best = _first_good(candidates, wanted)
         if best is None:
             reasons = dict.fromkeys(
                 f"{c.variant.precision}: {'; '.join(c.wrong)}" for c in candidates
@@ -84,8 +88,8 @@ def compile_model(
     return best.manifest, candidates
 
 
-def _first_good(candidates: list[Candidate], wanted: Reference, held: HeldOut) -> Candidate | None:
-    """The first of them that is as good as the reference; what was found of each is put in.
+def _first_good(candidates: list[Candidate], wanted: list[Reference]) -> Candidate | None:
+    """The first of them that is as good as the references; what was found of each is put in.
 
     One that fails speaks for all of its precision: their maps are the same.
     """
@@ -93,7 +97,7 @@ def _first_good(candidates: list[Candidate], wanted: Reference, held: HeldOut) -
     for place, candidate in enumerate(candidates):
         precision = candidate.variant.precision
         if precision not in failed:
-            compared = candidates[place] = _compared(candidate, wanted, held)
+            compared = candidates[place] = _compared(candidate, wanted)
             if not compared.wrong:
                 return compared
             failed[precision] = compared.wrong
@@ -125,15 +129,18 @@ def _timed(candidate: Candidate, held: HeldOut, tell: Callable[[str], None]) -> 
         )
 
 
-def _compared(candidate: Candidate, wanted: Reference, held: HeldOut) -> Candidate:
-    """With its parity, and what is wrong with it, if it can be run here."""
+def _compared(candidate: Candidate, wanted: list[Reference]) -> Candidate:
+    """With its parity where it is worst, and what is wrong with it, if it can be run here."""
     if not candidate.build.latency:
         return candidate
-    with open_engine(candidate.path, options=_told(held)) as engine:
-        found = parity(engine, wanted, held)
-    wrong = tuple(faults(found, candidate.build.precision))
-    return candidate.with_facts(parity=found)._replace(wrong=wrong)
+    found = []
+    for each in wanted:
+        with open_engine(candidate.path, options=_told(each.held)) as engine:
+            found.append(parity(engine, each))
+    wrong = tuple(line for one in found for line in faults(one, candidate.build.precision))
+    worst = max(found, key=lambda one: one.loss)
+    return candidate.with_facts(parity=worst)._replace(wrong=wrong)
 
 
 def _told(held: HeldOut) -> Options:
-    return Options(sigma_px=held.profile.sensor.sigma_px)
+    return Options(sigma_px=held.sigma_px)

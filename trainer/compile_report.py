@@ -13,26 +13,23 @@ def print_candidates(candidates: Sequence[Candidate], chosen: Manifest, console:
     """A row a variant: how fast, how near its reference, and whether it is good enough."""
     sizes = sorted({found.batch for c in candidates for found in c.build.latency})
     table = Table(
-        "precision", "streams", "tile", *map(str, sizes), "error", "CSO-mAP", "",
-        title=f"{chosen.name}: ms p50 for so many patches", title_justify="left",
+        "build", *map(str, sizes), "error", "CSO-mAP", "change", "",
+        title=f"{chosen.name}: ms p50 for so many patches; build: precision, streams × patches",
+        title_justify="left",
     )  # fmt: skip
     refused = dict[str, str]()
     for candidate in candidates:
         build, parity = candidate.build, candidate.build.parity
         times = {found.batch: f"{found.p50_ms:.2f}" for found in build.latency}
-        score = ""
+        score = ("", "", "")
         if parity is not None and parity.cso_map is not None:
-            change = parity.cso_map - (parity.reference_cso_map or 0.0)
-            score = f"{parity.cso_map:.3f} ({change:+.4f})"
+            score = (f"{parity.error:.1e}", f"{parity.cso_map:.3f}", f"{-parity.loss:+.4f}")
         if candidate.wrong:
             refused[build.precision] = "; ".join(candidate.wrong)
         table.add_row(
-            build.precision,
-            str(build.streams),
-            str(candidate.variant.most),
+            f"{build.precision} {build.streams} × {candidate.variant.most}",
             *(times.get(size, "") for size in sizes),
-            "" if parity is None else f"{parity.error:.1e}",
-            score,
+            *score,
             "chosen" if candidate.manifest == chosen else "refused" if candidate.wrong else "",
         )
     console.print(table)
