@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import stat
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ import engines.backends
 from engines.base import Engine, Kind, Options
 from engines.build import BACKEND, SUFFIX, Build
 from engines.errors import EngineError, NoEngineFits
-from engines.manifest import Manifest, read_manifest, sha256_of
+from engines.manifest import EngineManifest, Manifest, read_manifest, sha256_of
 from engines.sensor_needs import SensorLike
 
 log = logging.getLogger(__name__)
@@ -168,8 +169,7 @@ def open_model(
             f"engine {manifest_path}: built for {build.target}, not for backend {backend}; use "
             f"backend {wanted}, or the portable model"
         )
-    model = model_path(manifest_path, build)
-    _check_model(model, manifest_path, build.model_sha256 if build else manifest.onnx_sha256)
+    model = whole_model(manifest_path, manifest)
     made = _backend(backend or wanted)
     reasons = made.misfits(build) if build else []
     if build is not None and reasons:
@@ -187,17 +187,36 @@ def model_path(manifest_path: Path, build: Build | None) -> Path:
     return manifest_path.with_suffix(SUFFIX[build.target] if build else ".onnx")
 
 
-def _check_model(model: Path, manifest_path: Path, sha256: str) -> None:
+def whole_model(manifest_path: Path, manifest: EngineManifest) -> Path:
+    """The model file beside a manifest; raises EngineError if it is not the one that is meant."""
+    build = manifest.build
+    model = model_path(manifest_path, build)
     if not model.is_file():
         raise EngineError(f"{model}: the model is missing; put it beside {manifest_path.name}")
     if model.suffix != ".onnx":
         check_private(model)
-    digest = sha256_of(model)
+    digest, sha256 = sha256_of(model), build.model_sha256 if build else manifest.onnx_sha256
     if digest != sha256:
         raise EngineError(
             f"{model}: truncated or altered (SHA-256 {digest[:12]}…, its manifest says "
             f"{sha256[:12]}…); copy it, or export or compile it again"
         )
+    return model
+
+
+def copied(manifest_path: Path, manifest: EngineManifest, folder: Path) -> Path:
+    """The manifest of a copy of an engine, made in a new folder that is this user's alone.
+
+    Raises EngineError if the engine is not whole, OSError if it cannot be copied.
+    """
+    model = whole_model(manifest_path, manifest)
+    folder.mkdir(parents=True, mode=0o700)
+    copy = folder / manifest_path.name
+    manifest.write(copy)
+    shutil.copyfile(model, folder / model.name)
+    (folder / model.name).chmod(0o600)
+    whole_model(copy, manifest)  # it may have been replaced while it was copied
+    return copy
 
 
 def check_private(model: Path) -> None:

@@ -1,6 +1,12 @@
-"""`python -m pipeline`: the same as the command `pipeline`."""
+"""The command `pipeline`, and `python -m pipeline`."""
 
-from pipeline.cli import main
+from pipeline.entry import begin
+
+
+def main() -> None:
+    """Run the command."""
+    begin("pipeline.cli")
+
 
 if __name__ == "__main__":  # nodes import this too, as they are spawned
     main()

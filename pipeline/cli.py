@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pipeline.command import finite, run_app
+from pipeline.command import Interrupted, finite, run_app
 from pipeline.config import load_config, open_source
 from pipeline.errors import PipelineError, RunError
 from pipeline.evaluation.command import evaluate_detection
@@ -39,11 +39,7 @@ app.command()(calibrate)
 
 
 def main() -> None:
-    """Run the command.
-
-    What means `read the configuration again` to a run means nothing before it is one.
-    """
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    """Run the command."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, lambda number, _frame: sys.exit(128 + number))
@@ -86,12 +82,17 @@ def replay(
         stack.callback(messages.close)  # type: ignore[attr-defined]
         progress = stack.enter_context(_progress())
         task = progress.add_task("replay", total=source.length)
-        for message in messages:
-            summary.add(message)
-            if message["schema"] == "irst.targets/1":
-                progress.advance(task)
-                if out:
-                    _write_line(out, lines, message)
+        try:
+            for message in messages:
+                summary.add(message)
+                if message["schema"] == "irst.targets/1":
+                    progress.advance(task)
+                    if out:
+                        _write_line(out, lines, message)
+        except (KeyboardInterrupt, SystemExit) as told:
+            if summary.frames == 0:
+                raise
+            raise Interrupted(told, f"after {summary.frames} frames") from None
         truth = source.truth
     print_summary(console, summary, score(summary, truth) if truth is not None else None)
     if not summary.balanced:

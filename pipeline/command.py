@@ -14,11 +14,19 @@ from pipeline.errors import PipelineError
 UsageError: type[Exception] = typer.BadParameter.__mro__[
     1
 ]  # click's own, by whatever name typer carries click
-INTERRUPTED = 130
+
+
+class Interrupted(PipelineError):
+    """Told to end in the middle of what is of use as far as it came."""
+
+    def __init__(self, told: KeyboardInterrupt | SystemExit, how_far: str) -> None:
+        super().__init__(f"interrupted {how_far}")
+        code = told.code if isinstance(told, SystemExit) else None
+        self.exit_code = code if isinstance(code, int) else 128 + signal.SIGINT
 
 
 def run_app(app: typer.Typer, name: str) -> None:
-    """Run and exit: 0, 2 for bad input, 1 for a failed run, 130 when interrupted."""
+    """Run and exit: 0, 2 for bad input, 1 for a failed run, 130 after Ctrl-C."""
     try:
         sys.exit(app(prog_name=name, standalone_mode=False) or 0)
     except (PipelineError, EngineError) as error:
@@ -30,8 +38,6 @@ def run_app(app: typer.Typer, name: str) -> None:
         _fail(name, f"{message} (see --help)", 2)
     except OSError as error:
         _fail(name, f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail(name, "interrupted", INTERRUPTED)
 
 
 def finite(value: float) -> float:

@@ -43,7 +43,7 @@ def run(config: ConfigOption = None, engine: EngineOption = None) -> None:
 
     settings = read()
     configure_logs(settings.telemetry)
-    console = Console()
+    console = _Terminal()
     end = None
     with the_only_one(settings.name):
         source = open_source(settings)
@@ -68,6 +68,13 @@ def run(config: ConfigOption = None, engine: EngineOption = None) -> None:
         print_accounting(console, end if balanced else None, balanced=balanced)
     if not balanced:
         raise RunError("run: the stream did not end with totals that add up")
+
+
+class _Terminal(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads on: no more is printed, and the run goes on."""
+        with contextlib.suppress(SystemExit):
+            super().on_broken_pipe()
 
 
 class Status:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,10 +12,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from conftest import BIN
 
+from engines.loader import MODELS
 from pipeline.client import Subscriber
 from pipeline.component import Stage
 from pipeline.config import load_config, open_source
@@ -44,6 +47,13 @@ def alive(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
+
+
+def spares(pid, number):
+    """True if the process ignores or handles a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    masks = re.findall(r"^Sig(?:Ign|Cgt):\t(\w+)$", status, re.MULTILINE)
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
 
 
 def wait_for(condition, timeout_s: float = 30.0, every_s: float = 0.05) -> None:
@@ -191,6 +201,29 @@ def test_a_replay_told_to_stop_leaves_nothing_behind(run_dir, scene_recording, p
     assert list(run_dir.glob("irst-*")) == []
 
 
+def test_a_replay_told_to_stop_says_how_far_it_came(run_dir, scene_recording):
+    published = f"publish: {{endpoint: 'ipc://{run_dir}/out', wait_for: 1}}"
+    process = start(run_dir, published, "replay", str(scene_recording), "--rate", "4")
+    with contextlib.closing(Subscriber(f"ipc://{run_dir}/out")) as subscriber:
+        seq = 0
+        while seq == 0:  # the second frame is published, so the first is counted
+            message = subscriber.receive(30.0)
+            assert message is not None
+            seq = message.get("frame_seq", 0)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert re.fullmatch(r"pipeline: interrupted after \d+ frames\n", stderr), stderr
+
+
+def test_ctrl_c_while_a_command_is_imported_ends_it_without_a_word(run_dir):
+    process = start(run_dir, "", "check")
+    wait_for(lambda: spares(process.pid, signal.SIGUSR1), every_s=0.001)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 130
+
+
 def test_nodes_end_when_their_supervisor_is_killed(run_dir):
     config = SCENE.format(rate=20, folder=run_dir)
     process = start(run_dir, config.replace('/out"', f'/out", frames: "ipc://{run_dir}/frames"'))
@@ -220,6 +253,16 @@ def test_a_turn_that_hears_only_so_much_loses_nothing(run_dir, scene_recording, 
     source.close()
     assert (messages[-1]["frames_in"], messages[-1]["published"]) == (12, 12)
     assert not [message for message in messages if message["schema"] == "irst.gap/1"]
+
+
+def test_a_run_whose_folder_is_removed_says_so_and_ends(run_dir):
+    process = start(run_dir, SCENE.format(rate=20, folder=run_dir))
+    first_status(process)
+    (folder,) = run_dir.glob("irst-*")
+    shutil.rmtree(folder)
+    _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, len(stderr.splitlines())) == (1, 1), stderr
+    assert "the run's own folder was removed" in stderr
 
 
 def test_a_source_that_ends_ends_the_run(run_dir):
@@ -286,9 +329,16 @@ ONE_PROCESS = (Path(__file__).parents[1] / "configs" / "one_process.yaml").read_
 
 @pytest.mark.parametrize("topology", ["", ONE_PROCESS], ids=["as shipped", "one process"])
 def test_killed_nodes_are_started_again_and_every_frame_accounted_for(run_dir, topology):
-    process = start(run_dir, SCENE.format(rate=15, folder=run_dir) + topology)
+    """As they were, whatever has become of the files they were begun with."""
+    for suffix in (".json", ".onnx"):
+        shutil.copy(MODELS / f"off_grid_any{suffix}", run_dir / f"own{suffix}")
+    cv2.imwrite(str(run_dir / "bad.png"), np.zeros((128, 160), np.uint8))
+    files = f"engine: {run_dir}/own.json\nsensor: {{bad_pixels: {run_dir}/bad.png}}\n"
+    process = start(run_dir, SCENE.format(rate=15, folder=run_dir) + files + topology)
     first_status(process)
     assert len(workers(process.pid)) == (1 if topology else 2)
+    for name in ("own.onnx", "bad.png"):
+        os.truncate(run_dir / name, 30)
     messages = []
     subscriber = Subscriber(f"ipc://{run_dir}/out")
     for node in workers(process.pid):
@@ -303,6 +353,7 @@ def test_killed_nodes_are_started_again_and_every_frame_accounted_for(run_dir, t
     subscriber.close()
     numbers = [message["frame_seq"] for message in messages]
     assert numbers == list(range(numbers[0], numbers[-1] + 1)), "in order, each once"
+    assert len({message["engine"] for message in messages if "engine" in message}) == 1
     process.send_signal(signal.SIGTERM)
     heard(process)
 
@@ -418,6 +469,8 @@ def test_another_engine_takes_over_without_losing_a_frame(run_dir):
         process.send_signal(signal.SIGUSR1)
         assert "the run goes on as it was" in process.stderr.readline()
     wait_for(lambda: len(workers(process.pid)) == 2)
+    (copies,) = run_dir.glob("irst-*/engines.*")
+    assert copies.name == "engines.1", "of those that were refused or are over, none is left"
     before = subscriber.receive(5.0)
     assert before is not None
     subscriber.close()

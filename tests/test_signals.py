@@ -8,12 +8,11 @@ import re
 import signal
 import subprocess
 import tempfile
-from pathlib import Path
 
 import pytest
 from conftest import BIN
 from rich.console import Console
-from test_runtime import SCENE, first_status, start, totals, wait_for
+from test_runtime import SCENE, first_status, spares, start, totals, wait_for
 from test_runtime import run_dir as run_dir
 
 from pipeline.runtime.run_folder import run_folder
@@ -22,13 +21,6 @@ from pipeline.summary import print_accounting
 from pipeline.transport.hub import HubSocket
 
 pytestmark = pytest.mark.patient
-
-
-def spares(pid, number):
-    """True if the process ignores or handles a signal."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    masks = re.findall(r"^Sig(?:Ign|Cgt):\t(\w+)$", status, re.MULTILINE)
-    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
 
 
 def test_a_reload_while_a_run_starts_does_not_end_it(run_dir):

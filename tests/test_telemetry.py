@@ -4,15 +4,19 @@ import contextlib
 import json
 import logging
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import urllib.request
+from pathlib import Path
 
 import pytest
 from conftest import assert_one_line_error
 
 from pipeline.runtime.children import BackOff
 from pipeline.runtime.logs import BURST, JsonLine, OneLine
+from pipeline.runtime.metrics_page import MAX_OPEN
 from pipeline.runtime.telemetry import Telemetry
 from pipeline.runtime.topology import TOPOLOGY, running
 from pipeline.transport.sockets import AddressInUse
@@ -23,6 +27,10 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def targets(seq, age_ms, number=2):
@@ -81,6 +89,26 @@ def test_every_series_is_there_before_the_first_loss():
     assert {("", "taken"), ("latency", "refused")} <= set(look.values["irst_swaps_total"])
     for name in ("frames", "restarts", "swaps", "malformed_messages"):
         assert not any(look.values[f"irst_{name}_total"].values())
+
+
+def test_a_page_that_is_badly_read_is_there_for_others(capfd):
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    with Telemetry().served(address), contextlib.ExitStack() as held:
+        files = open_files()
+        for number in range(3 * MAX_OPEN):
+            client = held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5.0))
+            client.sendall(b"GET /metrics HT")  # and no more
+            if number % 3 == 0:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                client.close()
+        for accept in ("text/plain", "application/openmetrics-text;version=abc"):
+            asked = urllib.request.Request(f"http://{address}/metrics", headers={"Accept": accept})
+            with urllib.request.urlopen(asked, timeout=5.0) as page:
+                assert b"irst_frames_total" in page.read()
+        ours = 2 * MAX_OPEN  # clients that are open in this very process
+        assert open_files() <= files + ours + MAX_OPEN + 2
+    assert capfd.readouterr().err == ""
 
 
 def test_an_address_in_use_is_named():

@@ -1,5 +1,12 @@
-"""`python -m trainer`: the `trainer` command, as `torchrun -m trainer` starts it."""
+"""The command `trainer`, and `python -m trainer`, as `torchrun -m trainer` starts it."""
 
-from trainer.cli import main
+from pipeline.entry import begin
 
-main()
+
+def main() -> None:
+    """Run the command."""
+    begin("trainer.cli")
+
+
+if __name__ == "__main__":
+    main()

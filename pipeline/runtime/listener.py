@@ -28,7 +28,7 @@ class NodeFailure(PipelineError):
 class Listener:
     """Acts on what comes in at the hub.
 
-    started: the run can do without some nodes once it has started, not before.
+    started: what a node fails for from then on may pass, and is not what the run was given.
     failure: why the source cannot go on; the frames before it are still done.
     """
 
@@ -68,12 +68,10 @@ class Listener:
             self._reloader.hear(speaker, word, parts[1:])
         elif word.kind == "ready":
             self._is_ready(child)
-        elif word.kind == "faulted" or (word.kind == "failed" and self._may_fail(child)):
+        elif word.kind in ("faulted", "failed"):
             child.last_words = word.text
-        elif word.kind == "failed":
-            self.failure = NodeFailure(word.text, word.code)
-            if child.row > 0 or not child.ready:
-                raise self.failure
+            if word.kind == "failed" and child not in self._children.retired:
+                self._has_failed(child, word)
         elif child.row == 0:
             self._hear_front(child, word, parts[1:])
         else:
@@ -88,9 +86,16 @@ class Listener:
         else:
             self._dispatcher.front_is_new()
 
-    def _may_fail(self, child: Child) -> bool:
-        """True of a process that the run can do without."""
-        return child in self._children.retired or (self.started and not child.vital)
+    def _has_failed(self, child: Child, word: Word) -> None:
+        """A node cannot be had: a run does not start so; in one that has, it is started again.
+
+        A source that cannot go on ends the run.
+        """
+        is_source = child.row == 0 and child.ready
+        if is_source or not self.started:
+            self.failure = NodeFailure(word.text, word.code)
+            if not is_source:
+                raise self.failure
 
     def _hear_front(self, child: Child, word: Word, parts: list[Any]) -> None:
         if word.kind == "result":

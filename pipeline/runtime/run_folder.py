@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pipeline.errors import RunError
+
 PREFIX = "irst-"
 SETTLED_S = 10.0
 
@@ -25,7 +27,21 @@ def run_folder() -> Iterator[Path]:
         with suppress(OSError):
             _sweep(lock)
     with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
-        yield Path(folder)
+        held = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_SH)  # systemd-tmpfiles leaves alone what is locked
+            yield Path(folder)
+        finally:
+            os.close(held)
+
+
+def check_there(folder: Path) -> None:
+    """Raise RunError if somebody has removed the folder: no node could be started again."""
+    if not folder.exists():
+        raise RunError(
+            f"{folder}: the run's own folder was removed; keep what cleans temporary files from "
+            f"{PREFIX}*, or set TMPDIR to another place"
+        )
 
 
 def _sweep(lock: Path) -> None:

@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing import util
 from types import TracebackType
 from typing import Self
@@ -25,8 +26,9 @@ from pipeline.runtime.join import make_ledger
 from pipeline.runtime.listener import Listener
 from pipeline.runtime.node import run_node
 from pipeline.runtime.outlet import Messages, Outlet
+from pipeline.runtime.pins import pinned, pinned_sensor
 from pipeline.runtime.rehearsal import settle
-from pipeline.runtime.run_folder import run_folder
+from pipeline.runtime.run_folder import check_there, run_folder
 from pipeline.runtime.signals import held_signals
 from pipeline.runtime.swap import Reloader, hand_out
 from pipeline.runtime.task import Mode, NodeTask, hub_endpoint
@@ -94,7 +96,7 @@ class Supervisor:
         closing.callback(at_exit.cancel)
         metrics = self._config.telemetry.metrics if self._mode == "live" else None
         closing.enter_context(self.telemetry.served(metrics))
-        folder = closing.enter_context(run_folder())
+        self._folder = folder = closing.enter_context(run_folder())
         self._hub = HubSocket(hub_endpoint(folder))
         closing.callback(self._hub.close)
         self._listener = Listener(
@@ -117,9 +119,11 @@ class Supervisor:
             closing.callback(remove_stale, endpoint)
         closing.callback(self._children.kill)
         closing.callback(self._reloader.close)
+        running = pinned(self._config, self._sensor, folder, 0)
+        sensor = pinned_sensor(self._config.sensor, self._sensor, self._shape, folder)
         for row, node in enumerate(self._config.topology):
             task = NodeTask(
-                config=self._config,
+                config=replace(running, sensor=sensor),
                 row=row,
                 run_dir=folder,
                 mode=self._mode,
@@ -228,6 +232,7 @@ class Supervisor:
 
     def _keep_house(self, now: float) -> None:
         self._next_housekeeping = now + HOUSEKEEPING_S
+        check_there(self._folder)
         self._service.beat(now)
         self._children.note_work(self._dispatcher.working_on())
         self._children.watch()

@@ -20,6 +20,7 @@ from pipeline.runtime.children import Child, Children
 from pipeline.runtime.dispatch import Dispatcher, Job
 from pipeline.runtime.join import make_ledger
 from pipeline.runtime.parity import Refused
+from pipeline.runtime.pins import pinned, unpin
 from pipeline.runtime.telemetry import Telemetry
 from pipeline.runtime.trial import PATIENCE_S, Trial
 from pipeline.transport.hub import HubSocket, Word
@@ -59,6 +60,7 @@ class Reloader:
         self._children, self._dispatcher, self._telemetry = children, dispatcher, telemetry
         self._read: Callable[[], PipelineConfig] | None = None
         self._config: PipelineConfig | None = None
+        self._generation = 0  # of the workers that run
         self._new: Children | None = None
         self._trial: Trial | None = None
 
@@ -124,10 +126,15 @@ class Reloader:
         self._config = read() if read is not None else running
         check_swap(running, self._config)
         self._new = Children(self._children.entry, self._children.settings, _cannot_start)
-        for child in self._children.all[1:]:
-            task = replace(child.task, config=self._config)
-            self._new.add(child.name, child.row, task, vital=child.vital)
-            self._new.all[-1].generation = child.generation + 1
+        front, *workers = self._children.all
+        generation = workers[0].generation + 1
+        config = pinned(self._config, front.task.sensor, front.task.run_dir, generation)
+        config = replace(config, sensor=front.task.config.sensor)
+        for child in workers:
+            self._new.add(
+                child.name, child.row, replace(child.task, config=config), vital=child.vital
+            )
+            self._new.all[-1].generation = generation
 
     def _has_passed(self, running: PipelineConfig, new: Children) -> bool:
         if not all(child.ready for child in new.all) or self._config is None:
@@ -154,6 +161,8 @@ class Reloader:
         self._children.all = [front, *new.all]
         for child in new.all:
             self._dispatcher.ready(child.identity, child.row)
+        unpin(front.task.run_dir, self._generation)
+        self._generation += 1
         self._new = self._trial = None
         self._telemetry.count_swap(None)
         log.warning("another configuration has taken over from frame %d on", first)
@@ -183,6 +192,8 @@ class Reloader:
         """End workers that have not taken over."""
         if self._new is not None:
             self._new.kill()
+            front = self._children.all[0]
+            unpin(front.task.run_dir, self._generation + 1)
         self._new = self._trial = None
 
 

@@ -6,12 +6,13 @@ All of them are known to the supervisor, so one endpoint on one process tells ev
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
+from pipeline.runtime.metrics_page import metrics_page
 from pipeline.transport.sockets import AddressInUse
 
 if TYPE_CHECKING:
@@ -103,19 +104,15 @@ class Telemetry:
             yield
             return
         address, port = endpoint.rsplit(":", 1)
-        try:
-            server, thread = start_http_server(int(port), address, self.registry)
-        except OSError as error:
-            raise AddressInUse(
-                f"telemetry.metrics {endpoint}: cannot listen there ({error.strerror}); "
-                "choose another port"
-            ) from error
-        try:
+        with ExitStack() as page:
+            try:
+                page.enter_context(metrics_page(address, int(port), self.registry))
+            except OSError as error:
+                raise AddressInUse(
+                    f"telemetry.metrics {endpoint}: cannot listen there ({error.strerror}); "
+                    "choose another port"
+                ) from error
             yield
-        finally:
-            server.shutdown()
-            server.server_close()
-            thread.join()
 
     def count(self, message: dict[str, Any]) -> None:
         """Take in a message that was published."""

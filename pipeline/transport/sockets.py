@@ -5,6 +5,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -92,10 +93,15 @@ def _ipc_path(endpoint: str) -> Iterator[None]:
     path = endpoint.removeprefix("ipc://")
     if len(os.fsencode(path)) > MAX_IPC_PATH_BYTES:
         raise PipelineError(f"{endpoint}: path longer than 107 bytes; use a shorter one or TMPDIR")
+    _refuse_what_is_not_ours(endpoint, path)
     try:
         lock = _locked(Path(path + ".lock"))
     except BlockingIOError as error:
         raise _in_use(endpoint) from error
+    except FileNotFoundError as error:
+        raise PipelineError(
+            f"{endpoint}: there is no folder {Path(path).parent}; make it, or choose another path"
+        ) from error
     except OSError as error:
         raise PipelineError(f"{endpoint}: cannot listen there ({error.strerror})") from error
     with lock:
@@ -103,6 +109,17 @@ def _ipc_path(endpoint: str) -> Iterator[None]:
             yield
         finally:
             _unlink(path)
+
+
+def _refuse_what_is_not_ours(endpoint: str, path: str) -> None:
+    """Raise PipelineError where something lies that is no socket, or no lock: it would be lost."""
+    for place, is_ours in ((path, stat.S_ISSOCK), (path + ".lock", stat.S_ISREG)):
+        with contextlib.suppress(OSError):  # nothing there, or it is said when it is opened
+            found = Path(place).lstat()
+            if not is_ours(found.st_mode) or (place != path and found.st_size > 0):
+                raise PipelineError(
+                    f"{endpoint}: {place} is there already and not ours; choose another path"
+                )
 
 
 def _locked(path: Path) -> IO[bytes]:
