@@ -6,19 +6,18 @@ NAME.targets.jsonl; a target message belongs to the frame of the same `t_exposur
 """
 
 import contextlib
-import json
 import logging
 import os
-import re
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pipeline.client import Silence, Subscriber
 from pipeline.errors import RunError
+from pipeline.formats import recording_folder
 from pipeline.formats.live_recording import LiveRecordingWriter
+from pipeline.formats.recording_folder import TargetLines
 from pipeline.messages import Frame
 from pipeline.physics.sensor import Sensor
 from pipeline.runtime.surroundings import try_writing
@@ -37,7 +36,9 @@ class Recorder:
     """Writes what it is given; a new recording begins at `max_bytes` of pixels, or a new sensor.
 
     And where time jumps back, but once a second at most; in between, and where it stands still, a
-    frame gets a time of 1 ns after the last, as times in a recording advance.
+    frame gets a time of 1 ns after the last, as times in a recording advance. Of recordings of the
+    sensor `keep` stay in the folder, and those that others are writing. Raises RunError if what it
+    is writing is moved or removed.
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class Recorder:
         self._writer: LiveRecordingWriter | None = None
         self._sensor: Sensor | None = None
         self._shape: tuple[int, int] | None = None
-        self._lines: IO[str] | None = None
+        self._lines: TargetLines | None = None
+        self._open = contextlib.ExitStack()
         self._newest_ns = 0  # of the recording
         self._began_s = 0.0
         self._next_seq: int | None = None
@@ -72,56 +74,42 @@ class Recorder:
         )
         if writer is None or not fits:
             writer = self._rotate(frame, sensor)
+        if self._lines is not None:
+            self._lines.refuse_lost()
         written_ns = writer.following(t_ns)
         writer.append(frame.pixels_HW, written_ns)
         self._newest_ns = max(self._newest_ns, t_ns)
         self.frames += 1
         self.retimed += written_ns != t_ns
         if self.retimed == 1 and written_ns != t_ns:
-            log.warning("frame %d: its exposure time does not advance; 1 ns is added", seq)
+            log.warning(
+                "frame %d: its exposure time, %d ns, does not advance, or is 146 years away; "
+                "recorded as %d ns",
+                seq, t_ns, written_ns,
+            )  # fmt: skip
 
     def add_message(self, message: dict[str, Any]) -> None:
         """Write a target message to the recording of the day; before the first frame, nowhere."""
         if self._lines is not None and message["schema"] == "irst.targets/1":
-            self._lines.write(json.dumps(message) + "\n")
-            self._lines.flush()
+            self._lines.write(message)
             self.messages += 1
 
     def _rotate(self, frame: Frame, sensor: Sensor) -> LiveRecordingWriter:
         self.close()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        others = recordings(self._folder, sensor.id)
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        same = [int(other.stem.rsplit("-")[-1]) for other in others if f"-{stamp}-" in other.name]
-        path = self._folder / f"{sensor.id}-{stamp}-{max(same, default=-1) + 1:04d}.zarr"
-        self._writer = LiveRecordingWriter(path, frame.info.shape, sensor)
+        self._lines = recording_folder.begin(self._folder, sensor.id)
+        self._open.callback(self._lines.close)
+        self._writer = LiveRecordingWriter(self._lines.recording, frame.info.shape, sensor)
+        self._open.callback(self._writer.close)
         self._sensor, self._shape = sensor, frame.info.shape
-        self._lines = _lines_of(path).open("w", encoding="utf-8")
         self._newest_ns, self._began_s = frame.info.t_exposure_ns, self._clock_s()
         if self._keep is not None:
-            for oldest in others[: max(0, len(others) + 1 - self._keep)]:
-                _lines_of(oldest).unlink(missing_ok=True)
-                shutil.rmtree(oldest, ignore_errors=True)
+            recording_folder.make_room(self._folder, sensor.id, self._keep)
         return self._writer
 
     def close(self) -> None:
-        """Finish the recording that is being written."""
-        if self._lines is not None:
-            self._lines.close()
-            self._lines = None
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-
-def recordings(folder: Path, sensor_id: str) -> list[Path]:
-    """What recorders have made of this sensor in a folder, oldest first, whoever ran them."""
-    name = re.compile(re.escape(sensor_id) + r"-\d{8}T\d{6}Z-\d{4,}\.zarr")
-    return sorted(path for path in folder.iterdir() if name.fullmatch(path.name))
-
-
-def _lines_of(path: Path) -> Path:
-    return path.with_suffix(".targets.jsonl")
+        """Finish the recording that is being written; raises RunError if it cannot be read."""
+        self._writer = self._lines = None
+        self._open.close()
 
 
 def record(
@@ -143,21 +131,24 @@ def record(
     try_writing(folder, "record")
     os.nice(NICENESS)
     recorder = Recorder(folder, max_bytes, keep)
-    with contextlib.ExitStack() as stack:
-        frame_socket = FrameSubscriber(frames)
-        stack.callback(frame_socket.close)
-        stack.callback(recorder.close)
-        try:
+    try:
+        with contextlib.ExitStack() as stack:
+            frame_socket = FrameSubscriber(frames)
+            stack.callback(frame_socket.close)
+            stack.callback(recorder.close)
             if _connected(frame_socket, frames, stopped):
                 # Only now, so that a run that waits for a subscriber does not begin too early.
                 subscriber = Subscriber(targets, keys)
                 stack.callback(subscriber.close)
                 _follow(recorder, frame_socket, subscriber, stopped)
-        except OSError as error:
-            raise RunError(f"{folder}: cannot be written ({error.strerror})") from error
+    except OSError as error:
+        why = f"{folder}: cannot be written ({error.strerror})"
+        raise RunError(f"{why}; {recorder.frames} frames were written before") from error
+    except RunError as error:
+        raise RunError(f"{error}; {recorder.frames} frames were written before") from error
     if not recorder.frames:
         raise RunError(f"no frame came from {frames}; is it the run's publish.frames?")
-    retimed = f", {recorder.retimed} moved to a later time" if recorder.retimed else ""
+    retimed = f", {recorder.retimed} given another time" if recorder.retimed else ""
     return (
         f"recorded {recorder.frames} frames and {recorder.messages} target messages in {folder}; "
         f"{recorder.missed} were not seen (shed by the run, or missed here), "
