@@ -21,3 +21,8 @@ def told(error: Exception) -> str:
     """What a person is told of an error, as one line: ours say it all, others need their name."""
     text = " ".join(str(error).split())
     return text if isinstance(error, PipelineError) else f"{type(error).__name__}: {text}"
+
+
+def printable(text: str) -> str:
+    """Text of others as one line, with nothing in it that a terminal would obey."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))

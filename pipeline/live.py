@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pipeline.command import finite, on_end
 from pipeline.config import PipelineConfig, load_config, open_source
-from pipeline.errors import RunError
+from pipeline.errors import RunError, printable
 from pipeline.summary import accounting_line, adds_up, print_accounting
 
 log = logging.getLogger(__name__)
@@ -213,4 +213,4 @@ def replay_dead_letter(
     from pipeline.runtime.dead_letters import read_letter, replay_letter
 
     for path in letters:
-        print(f"{path.name}: {read_letter(path)['cause']}: {replay_letter(path)}")
+        print(printable(f"{path.name}: {read_letter(path)['cause']}: {replay_letter(path)}"))

@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing.popen_spawn_posix
 import os
+from pathlib import Path
 
 import faulty_nodes
 import msgpack
@@ -11,6 +12,8 @@ import pytest
 from conftest import assert_one_line_error
 
 from pipeline.config import load_config, open_source
+from pipeline.errors import PipelineError
+from pipeline.live import replay_dead_letter
 from pipeline.runtime import replay
 from pipeline.runtime.dead_letters import LETTERS_PER_S, DeadLetters, read_letter, replay_letter
 from pipeline.runtime.settings import DeadLetterSettings
@@ -187,13 +190,38 @@ def test_a_flood_is_counted_and_a_few_of_it_kept(tmp_path):
     assert LETTERS_PER_S <= len(DeadLetters.letters(tmp_path)) <= 3 * LETTERS_PER_S
 
 
-def test_what_a_killed_run_left_half_written_goes_with_the_next_letter(letters):
+def test_what_a_killed_run_left_half_written_goes_at_the_next_start(tmp_path):
+    (tmp_path / f"{5:020d}.new").write_bytes(b"half a letter")
+    (tmp_path / "notes.new").write_text("somebody's own")
+    DeadLetters(DeadLetterSettings(folder=tmp_path), "cafe")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.new"]
+
+
+@pytest.mark.parametrize("step", ["write_bytes", "rename"])
+def test_a_letter_for_which_there_is_no_room_leaves_nothing(letters, monkeypatch, caplog, step):
     letters, folder = letters
-    (folder / f"{5:020d}.new").write_bytes(b"half a letter")
-    (folder / "notes.new").write_text("somebody's own")
+    write_bytes = Path.write_bytes
+
+    def full(path, argument):
+        write_bytes(path, b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, step, full)
     letters.keep([b"x"], "cause")
-    names = {path.name for path in folder.iterdir()}
-    assert len(names) == 2 and "notes.new" in names
+    assert "could not be kept (No space left on device)" in caplog.text
+    assert list(folder.iterdir()) == []
+
+
+def test_the_oldest_letter_goes_though_the_clock_went_back(letters, monkeypatch):
+    letters, folder = letters
+    letters.keep([b"x"], "cause 0")
+    monkeypatch.setattr("time.time_ns", lambda: 5)
+    for number in range(1, 6):
+        letters = DeadLetters(DeadLetterSettings(folder=folder, keep=3), "cafe")
+        letters.keep([b"x"], f"cause {number}")
+    kept = [read_letter(path) for path in DeadLetters.letters(folder)]
+    assert [letter["cause"] for letter in kept] == ["cause 3", "cause 4", "cause 5"]
+    assert [letter["t_utc_ns"] for letter in kept] == [5, 5, 5]
 
 
 FRAME = [
@@ -248,3 +276,18 @@ def test_what_is_no_dead_letter_is_named(command, tmp_path):
     file = tmp_path / "1.letter"
     file.write_text(json.dumps({"no": "letter"}))
     assert_one_line_error(command("pipeline", "replay-dead-letter", file), "1.letter")
+    file.write_bytes(b"\x91" * 5000)
+    for path, said in (
+        (file, r"1.letter: not a dead letter \(\w+\); give files of dead_letters.folder"),
+        (tmp_path / "nope", "nope: cannot be read .No such file.*; give files of dead_letters"),
+        (tmp_path, "cannot be read .Is a directory.; give files of dead_letters.folder"),
+    ):
+        with pytest.raises(PipelineError, match=said):
+            read_letter(path)
+
+
+def test_nothing_that_a_terminal_obeys_is_printed_of_a_letter(letters, capsys):
+    letters, folder = letters
+    letters.keep([b"x"], "node\x1b[2J\x07 said\nno ×")
+    replay_dead_letter(DeadLetters.letters(folder))
+    assert r".letter: node\x1b[2J\x07 said no ×: still malformed" in capsys.readouterr().out

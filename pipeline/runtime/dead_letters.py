@@ -11,6 +11,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -46,19 +47,28 @@ def bounded(parts: Iterable[Any]) -> list[bytes]:
 
 
 class DeadLetters:
-    """A folder of at most `keep` letters and `keep_mb`; without it they are only counted."""
+    """A folder of at most `keep` letters and `keep_mb`; without it they are only counted.
+
+    A letter's name is its time in ns, or the last name + 1: the order, too, where the clock went
+    back. Raises PipelineError if the folder cannot be made, or looked through.
+    """
 
     def __init__(self, settings: DeadLetterSettings, config: str) -> None:
         self._settings, self._config = settings, config
-        self._kept: deque[tuple[Path, int]] | None = None  # with their bytes; None: not looked yet
+        self._kept: deque[tuple[Path, int]] = deque()  # with their bytes, oldest first
         self._allowance = Allowance(LETTERS_PER_S)
         self.count = 0
         if settings.folder is not None:
             try:
                 settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                for left in _named(settings.folder, LEFTOVER):  # of a run that was killed
+                    left.unlink(missing_ok=True)
+                for path in self.letters(settings.folder):
+                    with suppress(FileNotFoundError):  # another run's, which it deletes just now
+                        self._kept.append((path, path.stat().st_size))
             except OSError as error:
                 raise PipelineError(
-                    f"{settings.folder}: dead_letters.folder cannot be made ({error.strerror})"
+                    f"{settings.folder}: dead_letters.folder cannot be used ({error.strerror})"
                 ) from error
 
     def keep(
@@ -83,13 +93,15 @@ class DeadLetters:
             log.warning("%s: a dead letter could not be kept (%s)", folder, error.strerror)
 
     def _write(self, folder: Path, packed: bytes) -> None:
-        if self._kept is None:
-            self._kept = deque((path, path.stat().st_size) for path in self.letters(folder))
-            for left in _named(folder, LEFTOVER):  # of a run that was killed
-                left.unlink()
-        path = folder / f"{time.time_ns():020d}.letter"
-        path.with_suffix(".new").write_bytes(packed)
-        path.with_suffix(".new").rename(path)
+        newest = int(self._kept[-1][0].stem) if self._kept else 0
+        path = folder / f"{max(time.time_ns(), newest + 1):020d}.letter"
+        new = path.with_suffix(".new")
+        try:
+            new.write_bytes(packed)
+            new.rename(path)
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise
         self._kept.append((path, len(packed)))
         most, most_bytes = self._settings.keep, self._settings.keep_mb * 1e6
         while len(self._kept) > most or sum(size for _, size in self._kept) > most_bytes:
@@ -110,14 +122,22 @@ def read_letter(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             packed = file.read(MAX_LETTER_BYTES + 1)
+    except OSError as error:
+        raise PipelineError(
+            f"{path}: cannot be read ({error.strerror}); give files of dead_letters.folder"
+        ) from error
+    try:
         letter = msgpack.unpackb(packed, max_map_len=5, max_array_len=MAX_PARTS)
-    except (OSError, ValueError, TypeError, msgpack.UnpackException) as error:
-        raise PipelineError(f"{path}: not a dead letter ({error})") from error
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        cause = str(error) or type(error).__name__
+        raise PipelineError(
+            f"{path}: not a dead letter ({cause}); give files of dead_letters.folder"
+        ) from error
     wanted = {"cause": str, "config": str, "t_utc_ns": int, "kind": str, "parts": list}
     found = {key: type(value) for key, value in letter.items()} if type(letter) is dict else {}
     parts = letter["parts"] if found == wanted else [None]
     if not all(isinstance(part, bytes) for part in parts) or letter["kind"] not in READERS:
-        raise PipelineError(f"{path}: not a dead letter; give a file of dead_letters.folder")
+        raise PipelineError(f"{path}: not a dead letter; give files of dead_letters.folder")
     return dict(letter)
 
 
