@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from engines.errors import EngineError
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, printable
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[
     1
@@ -57,6 +57,5 @@ def on_end(call: Callable[[], Any]) -> None:
 
 
 def _fail(name: str, message: str, exit_code: int) -> None:
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
-    print(f"{name}: {line}", file=sys.stderr)
+    print(f"{name}: {printable(message)}", file=sys.stderr)
     sys.exit(exit_code)

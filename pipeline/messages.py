@@ -95,7 +95,10 @@ class FrameInfo(Message, frozen=True):
 
 
 class SentFrame(Message, frozen=True):
-    """A frame as another program sent it (`irst.frame/1`): its number is the sender's."""
+    """A frame as another program sent it (`irst.frame/1`): its number is the sender's.
+
+    parts: of the message it came in.
+    """
 
     seq: int
     t_exposure_ns: int
@@ -103,6 +106,7 @@ class SentFrame(Message, frozen=True):
     pixels_HW: NDArray[Any]
     flags: Texts
     pose: Pose | None
+    parts: tuple[Any, ...] = ()
 
 
 class BadMessage(Message, frozen=True):

@@ -128,4 +128,6 @@ def load_bad_pixels(path: Path | None, shape: tuple[int, int]) -> NDArray[np.boo
         )
     _same_shape(path, "bad-pixel map", image.shape, shape)
     result: NDArray[np.bool_] = image != 0
+    if result.all():
+        raise PipelineError(f"{path}: marks every pixel as bad; 0 in sensor.bad_pixels is good")
     return result

@@ -198,3 +198,6 @@ def test_bad_pixel_maps_must_be_grey_and_of_the_frames_size(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(PipelineError, match="readable grey PNG, and this is none, or damaged"):
         load_bad_pixels(path, (4, 6))
+    cv2.imwrite(str(path), np.full((4, 6), 255, np.uint8))
+    with pytest.raises(PipelineError, match="every pixel"):
+        load_bad_pixels(path, (4, 6))

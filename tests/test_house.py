@@ -1,5 +1,6 @@
 """What a newcomer meets first: README, ./run, the container files, the commands' help."""
 
+import errno
 import math
 import os
 import re
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from pipeline.component import available
 from pipeline.config import load_config
+from pipeline.physics.compiled import compiled_with
 from pipeline.runtime.telemetry import Telemetry
 
 ROOT = Path(__file__).parents[1]
@@ -170,3 +172,12 @@ def test_operations_tells_of_every_metric_and_its_commands_work(command, tmp_pat
             words = [str(tmp_path / word) if "/" in word else word for word in words]
             result = command(program, *words)
             assert result.returncode == 0, f"{line}\n{result.stderr}"
+
+
+def test_where_the_cache_of_compiled_loops_is_full_they_are_compiled_all_the_same(monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("numba.core.caching.Cache.save_overload", full)
+    loop = compiled_with()(lambda value: value + 1)
+    assert loop(1) == 2

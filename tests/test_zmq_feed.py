@@ -25,7 +25,7 @@ from pipeline.client import Subscriber
 from pipeline.component import component
 from pipeline.config import load_config, open_source
 from pipeline.errors import PipelineError
-from pipeline.messages import BadMessage, Dropped, Frame, Pose
+from pipeline.messages import BadMessage, Dropped, Frame, Malformed, Pose
 from pipeline.numbering import MAX_GAP, Numbering, Position
 from pipeline.transport.feed import sent_frame
 
@@ -220,12 +220,17 @@ def test_frames_come_as_they_were_sent_and_losses_between_them(feed):
     assert [item.info.flags for item in frames_only] == [(), (), (), ("restarted",), ()]
 
 
-def test_frames_of_another_size_are_lost_with_the_reason(feed):
+def test_frames_of_another_size_are_malformed_with_the_reason(feed):
     source, sender = feed
     frames = source.frames()
     pixels = np.zeros((HEIGHT, 20), np.uint16)
-    sender.send_multipart([msgpack.packb(header(0, shape=[HEIGHT, 20])), pixels])
-    assert next(frames) == Dropped(0, "source", "feed: 20×12 uint16, not 16×12 uint16")
+    parts = [msgpack.packb(header(0, shape=[HEIGHT, 20])), pixels]
+    sender.send_multipart(parts)
+    lost = next(frames)
+    assert isinstance(lost, Malformed), "so that it is counted, and kept"
+    assert (lost.seq, lost.stage) == (0, "source")
+    assert lost.reason == "feed: 20×12 uint16, not 16×12 uint16"
+    assert list(map(bytes, lost.parts)) == list(map(bytes, parts))
 
 
 def test_closing_ends_a_feed_that_nobody_sends_to(feed):

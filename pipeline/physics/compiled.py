@@ -9,6 +9,8 @@ as `read_only`, or copies, or the first frame waits for the compiler.
 """
 
 import hashlib
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,33 @@ _config: Any = numba.config
 _base = Path(_config.CACHE_DIR or Path(__file__).parent / "__pycache__")
 _config.CACHE_DIR = str(_base / f"loops-{_digest()[:12]}")
 CACHED = _place_for_cache()
-compiled: Any = njit(cache=CACHED, error_model="numpy")
+
+
+def compiled_with(**options: Any) -> Callable[[Any], Any]:
+    """Compile a loop when it is first called with arguments of a kind, or read it from the cache.
+
+    options: of Numba's `njit`. Where the cache is full it serves all the same; what finds no room
+    is compiled again.
+    """
+
+    def decorate(function: Any) -> Any:
+        loop: Any = njit(cache=CACHED, error_model="numpy", **options)(function)
+        if CACHED:
+            loop._cache.save_overload = _if_there_is_room(loop._cache.save_overload)
+        return loop
+
+    return decorate
+
+
+def _if_there_is_room(save: Callable[..., None]) -> Callable[..., None]:
+    def saved(*facts: Any) -> None:
+        with suppress(OSError):
+            save(*facts)
+
+    return saved
+
+
+compiled = compiled_with()
 
 
 def read_only(array: NDArray[Any], dtype: DTypeLike | None = None) -> NDArray[Any]:

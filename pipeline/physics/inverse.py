@@ -5,10 +5,10 @@
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numpy.typing import NDArray
 
-from pipeline.physics.compiled import CACHED, compiled
+from pipeline.physics.compiled import compiled, compiled_with
 
 FLOOR = 1e-12
 """Least eigenvalue of information scaled to a unit diagonal, as in `bounds.cramer_rao`."""
@@ -23,7 +23,7 @@ def inverses(information_BPP: Array64) -> Array64:
     return bound
 
 
-@njit(cache=CACHED, parallel=True, error_model="numpy")
+@compiled_with(parallel=True)
 def _inverses(information, bound):
     for b in prange(len(information)):
         bound[b] = inverse(information[b])

@@ -9,9 +9,9 @@ batch mates. The model and its parameters: `pipeline/physics/patch_model.py`.
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
-from pipeline.physics.compiled import CACHED
+from pipeline.physics.compiled import compiled_with
 from pipeline.physics.patch_model import (
     EXPECTED,
     OBSERVED,
@@ -162,7 +162,7 @@ def _fit_one(counts, level, usable, parameters, prior, precision, wall, sensor, 
     return best, converged, reduced_chi2(counts, usable, mean, sensor, precision), normal
 
 
-@njit(cache=CACHED, parallel=True, error_model="numpy")
+@compiled_with(parallel=True)
 def fit_patches(
     counts, level, usable, targets, present, shared, prior, precision, shared_prior,
     shared_precision, wall, sensor, iterations, log_likelihood, converged, chi2, normal,

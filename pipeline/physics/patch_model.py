@@ -10,9 +10,7 @@ infinite precision means known exactly. sensor: full scale, read variance, one o
 
 import math
 
-from numba import njit
-
-from pipeline.physics.compiled import CACHED
+from pipeline.physics.compiled import compiled_with
 from pipeline.physics.noise import ROUNDING_VARIANCE
 
 ROUNDED_AWAY = 0.3
@@ -23,7 +21,7 @@ OBSERVED, EXPECTED = True, False
 _ROOT2 = math.sqrt(2.0)
 _LOG_2PI = math.log(2.0 * math.pi)
 _FAR = -30.0
-compiled = njit(cache=CACHED, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
+compiled = compiled_with(fastmath={"reassoc", "contract", "nsz"})
 
 
 @compiled

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from pipeline.errors import printable
 from pipeline.runtime.settings import TelemetrySettings
 
 BURST, EVERY_S = 5, 10.0
@@ -74,7 +75,7 @@ class OneLine(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Time (UTC), level, process, text."""
-        return " ".join(super().format(record).split())
+        return printable(super().format(record))
 
 
 class JsonLine(logging.Formatter):

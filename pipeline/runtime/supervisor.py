@@ -294,7 +294,8 @@ class Supervisor:
             self._dispatcher.gone(child.identity)
             return
         if self._mode == "replay":
-            how = f"exit code {child.process.exitcode}" if child.process else child.last_words
+            code = f"exit code {child.process.exitcode}" if child.process else ""
+            how = ": ".join(filter(None, (code, child.last_words)))
             raise RunError(
                 f"node {child.name} died ({how}); a replay without its source cannot go on"
             )

@@ -86,10 +86,10 @@ class ZmqFeed(FedSource):
         for seq in step.lost:
             yield Dropped(seq, "source", "feed: missing in the sender's numbers")
         if isinstance(sent, BadMessage):
-            yield self._malformed(step.seq, sent)
+            yield self._malformed(step.seq, sent.reason, sent.parts)
             return
-        if fault := self._misfit(sent):
-            yield Dropped(step.seq, "source", f"feed: {fault}")
+        if misfit := self._misfit(sent):
+            yield self._malformed(step.seq, misfit, sent.parts)
             return
         info = FrameInfo(
             seq=step.seq,
@@ -102,12 +102,12 @@ class ZmqFeed(FedSource):
         )
         yield Frame(info, sent.pixels_HW)
 
-    def _malformed(self, seq: int, sent: BadMessage) -> Malformed:
-        """A message that is no frame as a loss, with its bytes unless there were many of late."""
+    def _malformed(self, seq: int, fault: str, parts: tuple[Any, ...]) -> Malformed:
+        """A message that is no frame here as a loss, with its bytes unless many came of late."""
         kept = self._kept.take()
         if not kept:
             self._closed.wait(SLOW_S)
-        return Malformed(seq, "source", f"feed: {sent.reason}", sent.parts if kept else ())
+        return Malformed(seq, "source", f"feed: {fault}", parts if kept else ())
 
     def _misfit(self, sent: SentFrame) -> str:
         """What a frame is instead of one of this feed; empty if it is one."""

@@ -65,12 +65,11 @@ class FeedSocket:
             raise
 
     def receive(self, timeout_s: float) -> SentFrame | BadMessage | None:
-        """What came next, None if nothing came in time; what is no frame has its parts with it."""
+        """What came next, with its parts; None if nothing came in time."""
         if not self._socket.poll(round(timeout_s * 1000)):
             return None
         parts = [part.buffer for part in self._socket.recv_multipart(copy=False)]
-        sent = sent_frame(parts)
-        return replace(sent, parts=tuple(parts)) if isinstance(sent, BadMessage) else sent
+        return replace(sent_frame(parts), parts=tuple(parts))
 
     def close(self) -> None:
         """Listen no more; frames that wait here are lost."""
