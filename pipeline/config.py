@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.component import FedSettings, FedSource, Settings, Source, component
+from pipeline.component import FedSettings, FedSource, Kind, Settings, Source, available, component
 from pipeline.errors import PipelineError
 from pipeline.formats.yaml_map import read_yaml_map
 from pipeline.runtime.settings import (
@@ -29,7 +29,7 @@ from pipeline.runtime.settings import (
     SwapSettings,
     TelemetrySettings,
 )
-from pipeline.runtime.topology import TOPOLOGY, Node, flow_types, running
+from pipeline.runtime.topology import TOPOLOGY, Node, flow_types, home, running
 from pipeline.sensing import SensorSettings
 from pipeline.transport.feed import FeedSocket
 
@@ -124,6 +124,10 @@ def load_config(
     chosen = {key: value for key, value in chosen.items() if key != "kind"}
     known = ["source", "sensor", "engine", "topology", *RUNTIME_SECTIONS, *stage_names]
     for key in data:
+        if key not in known and key in available("stage"):
+            raise PipelineError(
+                f"{where}: stage `{key}` is in no node; add it at topology.{home(key)}.stages"
+            )
         if key not in known:
             raise PipelineError(f"{where}: unknown field `{key}`; known here: {', '.join(known)}")
     engine = engine if engine is not None else data.get("engine", "default")
@@ -146,7 +150,9 @@ def load_config(
         )
     return PipelineConfig(
         source_kind=kind,
-        source=_section(component("source", kind).Config, chosen, "source", where),
+        source=_section(
+            _component("source", kind, f"{where}: source.kind").Config, chosen, "source", where
+        ),
         sensor=sensor,
         engine=engine,
         topology=topology,
@@ -159,6 +165,14 @@ def load_config(
             for name, model in RUNTIME_SECTIONS.items()
         },
     )
+
+
+def _component(kind: Kind, name: str, place: str) -> type[Any]:
+    """The class of a component that the configuration names at `place`."""
+    try:
+        return component(kind, name)
+    except PipelineError as error:
+        raise PipelineError(f"{place}: {error}") from error
 
 
 def _section(model: type[S], data: Any, name: str, where: str) -> S:
@@ -204,6 +218,8 @@ def _topology(data: Any, where: str) -> tuple[Node, ...]:
     rows = []
     for node in TOPOLOGY:
         changes = _section(NodeSettings, data.get(node.name), f"topology.{node.name}", where)
+        for stage in changes.stages or ():
+            _component("stage", stage, f"{where}: topology.{node.name}.stages")
         rows.append(replace(node, **changes.model_dump(exclude_none=True)))
     for name in ("front", "back"):
         row = rows[names.index(name)]

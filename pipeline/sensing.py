@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 
 from pipeline.component import Context, Settings
 from pipeline.errors import PipelineError
@@ -35,6 +35,13 @@ class GeometrySettings(Settings):
     az_rad: float = Field(0.0, description="boresight, clockwise from north")
     el_rad: float = Field(0.0, ge=-math.pi / 2, le=math.pi / 2)
     roll_rad: float = Field(0.0, description="positive: the camera turned clockwise")
+
+    @field_validator("distortion", mode="before")
+    @classmethod
+    def _five(cls, distortion: Any) -> Any:
+        if not isinstance(distortion, list | tuple) or len(distortion) != 5:
+            raise ValueError("must be five numbers: k1, k2, p1, p2, k3")
+        return distortion
 
 
 class SensorSettings(Settings):

@@ -40,14 +40,26 @@ def test_defaults_need_no_file():
         ("detect: {gird: 3}", "unknown field `gird` at detect; known there"),
         ("report: {min_snr: loud}", "report.min_snr: input should be a valid number"),
         ("report: {min_snr: -1}", "report.min_snr: input should be greater than or equal to 0"),
-        ("source: {kind: telepathy}", "unknown source `telepathy`; use one of"),
+        ("source: {kind: telepathy}", ".yaml: source.kind: unknown source `telepathy`; use one"),
+        ("calibrate: {}", "stage `calibrate` is in no node; add it at topology.front.stages"),
+        ("refine: {}", "stage `refine` is in no node; add it at topology.unmix.stages"),
+        ("recognise: {}", "stage `recognise` is in no node; add it at topology.yolo.stages"),
+        ("fuse: {}", "stage `fuse` is in no node; add it at topology.back.stages"),
+        (
+            "sensor: {geometry: {fx_px: 9, distortion: [1, 2]}}",
+            "sensor.geometry.distortion: value error, must be five numbers: k1, k2, p1, p2, k3",
+        ),
+        ("sensor: {gain: 2}\nsensor: {gain: 3}", ".yaml: line 2: `sensor` is given twice"),
+        ("sensor: {id: a}\ndetect:\n - {b: [{c: 1,\n c: 2}]}", "line 4: `c` is given twice"),
+        ("? {a: 1, a: 2}\n: x", "line 1: `a` is given twice"),
+        ("? [a]\n: x", "not valid YAML"),
         ("source: {path: x}", "source must be a map with a `kind`"),
         ("source: {kind: zarr_recording}", "field `path` is missing at source"),
         ("sensor: {sigma_px: 50}", "sensor.sigma_px: input should be less than or equal to 5"),
         ("topology: {middle: {}}", "unknown field `middle` at topology"),
         ("topology: {unmix: {replica: 2}}", "unknown field `replica` at topology.unmix"),
         ("topology: {back: {replicas: 2}}", "topology.back.replicas must be 1"),
-        ("topology: {unmix: {stages: [unmix, refind]}}", "unknown stage `refind`; use one of"),
+        ("topology: {unmix: {stages: [unmix, refind]}}", "topology.unmix.stages: unknown stage"),
         ("publish: {endpoint: 'tcp://0.0.0.0:5556'}", "publish.endpoint: value error, must be ipc"),
         ("publish: {endpoint: 'tcp://10.0.0.1:5556'}", "without keys nobody else is let in"),
         ("publish: {endpoint: 'tcp://127.0.0.1:0'}", "the port must be 1…65535, or *"),
@@ -84,6 +96,12 @@ def test_a_mistake_is_named_with_its_path_and_what_is_known_there(tmp_path, text
         load_config(file)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_a_map_is_merged_with_may_be_given_again(tmp_path):
+    text = "sensor: &own {<<: &base {gain: 2.0, id: a}, id: b}\npublish: {queue: 3}\n"
+    sensor = load_config(write(tmp_path, text)).sensor
+    assert (sensor.gain, sensor.id) == (2.0, "b")
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,20 @@ def joins(stage: str) -> bool:
     return stage_types(component("stage", stage))[0] is Seen
 
 
+def home(stage: str) -> str:
+    """Name of the row a stage belongs to: where the table has one that takes the same."""
+    takes, gives = stage_types(component("stage", stage))
+    if gives is Objects:
+        return TOPOLOGY[-1].name
+    alike = (
+        node.name
+        for node in TOPOLOGY
+        for other in node.stages
+        if stage_types(component("stage", other))[0] is takes
+    )
+    return next(alike, "back")
+
+
 def flow_types(topology: Iterable[Node], where: str = "topology") -> list[tuple[str, str]]:
     """What each node takes and gives, e.g. ("Frame", "Patches"), by the types of its stages.
 
