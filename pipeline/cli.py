@@ -19,6 +19,7 @@ from pipeline.evaluation.command import evaluate_detection
 from pipeline.evaluation.fusion_command import evaluate_fusion
 from pipeline.ingest import calibrate, convert
 from pipeline.live import DEFAULT_ENDPOINT, ConfigOption, EngineOption, add_commands
+from pipeline.runtime.settings import PublishSettings
 from pipeline.summary import Summary, print_summary, score
 
 app = typer.Typer(
@@ -72,12 +73,17 @@ def replay(
     given = {"endpoint": publish, "wait_for": wait_for}
     published = {name: value for name, value in given.items() if value is not None}
     settings = load_config(config, source=source_settings, engine=engine, publish=published)
+    waits = settings.publish.wait_for and not in_process
+    if waits and settings.publish.endpoint is None:
+        raise PipelineError("--wait-for: nobody can subscribe without an endpoint; give --publish")
     console = Console()
     with contextlib.ExitStack() as stack:
         source = open_source(settings)
         stack.callback(source.close)
         lines = stack.enter_context(_open_output(out)) if out else None
         summary = Summary()
+        if waits:
+            _tell_of_waiting(settings.publish)
         messages = (run.in_process if in_process else run.over_zeromq)(settings, source)
         stack.callback(messages.close)  # type: ignore[attr-defined]
         progress = stack.enter_context(_progress())
@@ -203,11 +209,12 @@ def picture(
     targets: Annotated[Path, typer.Argument(help="What replay wrote with --out.")],
     out: Annotated[Path, typer.Argument(help="PNG to write.")],
     frame: Annotated[int | None, typer.Option(help="Its number; without, one with groups.")] = None,
+    config: ConfigOption = None,
 ) -> None:
     """Draw a frame with its groups, and one group enlarged with true and estimated positions."""
     from pipeline.picture import draw
 
-    source = open_source(load_config(None, source=_file_source(recording)))
+    source = open_source(load_config(config, source=_file_source(recording)))
     try:
         number = draw(source, targets, out, frame)
     finally:
@@ -230,6 +237,11 @@ def _rate(rate: str) -> dict[str, Any]:
     raise PipelineError(
         f"--rate must be max or frames a second from {MIN_RATE_HZ:g} to {MAX_RATE_HZ:g}, got {rate}"
     )
+
+
+def _tell_of_waiting(publish: PublishSettings) -> None:
+    who = f"{publish.wait_for} subscriber{'s' * (publish.wait_for > 1)}"
+    print(f"waiting for {who} at {publish.endpoint}", file=sys.stderr, flush=True)
 
 
 def _open_output(path: Path) -> Any:

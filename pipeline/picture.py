@@ -1,7 +1,7 @@
 """A picture of one frame: boxes round its groups, and one group enlarged with its positions."""
 
 import json
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.component import Source, Truth
 from pipeline.errors import PipelineError
+from pipeline.formats.writable import check_png, check_writable
 from pipeline.messages import Flag, Frame
 from pipeline.wire import TargetsMessage, check_wire
 
@@ -27,13 +28,15 @@ Image = NDArray[np.uint8]
 
 def draw(source: Source, targets: Path, out: Path, frame: int | None) -> int:
     """Write the PNG; returns the number of the frame drawn, by default that of the best group."""
-    _check_writable(out)
+    check_png(out)
+    check_writable(out)
     messages = read_messages(targets)
     if frame is not None:
         if frame not in messages:
             raise PipelineError(f"{targets}: holds no frame {frame}; choose another --frame")
         messages = {frame: messages[frame]}
     number, group = _best_group(messages, source.truth)
+    _check_recording(messages[number], source, targets)
     frames = (frame for frame in source.frames() if isinstance(frame, Frame))
     pixels = next((frame.pixels_HW for frame in frames if frame.info.seq == number), None)
     if pixels is None:
@@ -54,13 +57,19 @@ def draw(source: Source, targets: Path, out: Path, frame: int | None) -> int:
     return number
 
 
-def _check_writable(out: Path) -> None:
-    if out.suffix.lower() != ".png":
-        raise PipelineError(f"{out}: a picture is a PNG; give a path that ends in .png")
-    if not out.parent.is_dir():
-        raise PipelineError(f"{out}: no such folder {out.parent}; make it first")
-    if not os.access(out.parent, os.W_OK):
-        raise PipelineError(f"{out}: folder {out.parent} cannot be written; choose another")
+def _check_recording(message: dict[str, Any], source: Source, targets: Path) -> None:
+    """Refuse targets of another sensor or of frames of another size."""
+    of = f"{message['sensor_id']}, {_size(message['frame_shape'])}"
+    own = f"{source.sensor.id}, {_size(source.shape)}"
+    if of != own:
+        raise PipelineError(
+            f"{targets}: targets of {of} px, but the recording is of {own} px; give its own, and "
+            "--config if it was replayed with one"
+        )
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f"{shape[1]}×{shape[0]}"
 
 
 def read_messages(path: Path) -> dict[int, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Which frame and group a picture shows, and what happens when it cannot be drawn."""
 
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 
 from pipeline.component import Source, Truth
 from pipeline.errors import PipelineError
+from pipeline.formats.writable import check_writable
 from pipeline.messages import Frame, FrameInfo
+from pipeline.physics.sensor import Sensor
 from pipeline.picture import ENLARGE, PANEL_PX, RED, draw, read_messages
 
 SHAPE = (48, 64)
@@ -17,6 +20,8 @@ BOXES = [[10, 10, 14, 14], [40, 30, 43, 33]]
 
 class Still(Source):
     """Four equal frames; knows how many were read."""
+
+    sensor, shape = Sensor(id="still"), SHAPE
 
     def __init__(self, truth: dict[int, list[tuple[float, float]]] | None = None) -> None:
         self.read = 0
@@ -142,27 +147,33 @@ def test_frames_without_groups_are_drawn_too(tmp_path):
         ("picture.jpg", "ends in .png"),
         ("picture", "ends in .png"),
         ("none/p.png", "no such folder"),
+        ("taken.png", r"taken\.png: cannot be written \(Is a directory\)"),
     ],
 )
 def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, name, fault):
+    (tmp_path / "taken.png").mkdir()
     source = Still()
     with pytest.raises(PipelineError, match=fault):
         draw(source, tmp_path / "no-targets.jsonl", tmp_path / name, None)
     assert source.read == 0
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.access", lambda path, mode: False)
-    source = Still()
-    with pytest.raises(PipelineError, match=r"p\.png: folder .* cannot be written"):
-        draw(source, tmp_path / "no-targets.jsonl", tmp_path / "p.png", None)
-    assert source.read == 0
+def test_that_a_file_can_be_written_is_tried_without_a_trace(tmp_path):
+    there = tmp_path / "figures.json"
+    check_writable(there)
+    assert not there.exists()
+    there.write_text("before")
+    check_writable(there)
+    assert there.read_text() == "before"
+    with pytest.raises(PipelineError, match=r"/proc/self/x: cannot be written"):
+        check_writable(Path("/proc/self/x"))
 
 
-def test_a_picture_where_a_folder_is_names_the_place(tmp_path):
-    (tmp_path / "taken.png").mkdir()
-    with pytest.raises(PipelineError, match=r"taken\.png: cannot write the picture"):
-        draw(Still(), write(tmp_path, message(0, [1, 0])), tmp_path / "taken.png", None)
+@pytest.mark.parametrize("other", [{"sensor_id": "roof"}, {"frame_shape": [48, 65]}])
+def test_targets_of_another_recording_are_refused(tmp_path, other):
+    targets = write(tmp_path, message(0, [1, 0]) | other)
+    with pytest.raises(PipelineError, match=r"targets of (roof, 64|still, 65)×48 px, but the rec"):
+        draw(Still(), targets, tmp_path / "p.png", None)
 
 
 def test_a_log_of_the_whole_stream_is_read(tmp_path):

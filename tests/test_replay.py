@@ -16,7 +16,7 @@ from conftest import assert_one_line_error, write_scene
 from engines.loader import MODELS
 from engines.manifest import read_manifest
 from pipeline import cli
-from pipeline.errors import RunError
+from pipeline.errors import PipelineError, RunError
 from pipeline.formats.csist import write_csist
 from pipeline.formats.recording import RecordingWriter
 from pipeline.physics.groups import PROFILES
@@ -214,6 +214,16 @@ def test_replay_fails_when_a_message_is_missing(monkeypatch, scene_recording, ca
         cli.replay(scene_recording, in_process=True, rate="max")
     assert error.value.exit_code == 1
     assert "does NOT add up" in capsys.readouterr().out
+
+
+def test_who_is_waited_for_is_said_and_must_be_able_to_come(monkeypatch, scene_recording, capsys):
+    from pipeline.runtime import replay
+
+    monkeypatch.setattr(replay, "over_zeromq", replay.in_process)
+    with pytest.raises(PipelineError, match=r"--wait-for: nobody .*give --publish"):
+        cli.replay(scene_recording, rate="max", wait_for=1)
+    cli.replay(scene_recording, rate="max", wait_for=2, publish="ipc:///tmp/out")
+    assert capsys.readouterr().err == "waiting for 2 subscribers at ipc:///tmp/out\n"
 
 
 def test_picture_is_a_png_of_the_frame_and_its_largest_group(

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.component import component
-from pipeline.errors import PipelineError, RunError
+from pipeline.errors import PipelineError
 from pipeline.formats.csist import read_csist, write_csist
 from pipeline.formats.recording import RecordingWriter
 from pipeline.messages import Tiling
@@ -251,16 +251,25 @@ def test_a_video_cut_short_says_so(tmp_path):
     cut.write_bytes(whole[: len(whole) // 2])
     frames = build("video", path=cut).frames()
     given = []
-    with pytest.raises(RunError, match=r"decoding ended after \d+ of 40 frames"):
+    with pytest.raises(PipelineError, match=r"decoding ended after \d+ of 40 frames") as error:
         collect(frames, given)
+    assert error.value.exit_code == 2, "to try again is of no use"
     assert 10 < len(given) < 30
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff", "jpg", "bmp"])
+def test_a_picture_is_no_video(tmp_path, suffix):
+    path = tmp_path / f"frame.{suffix}"
+    cv2.imwrite(str(path), np.zeros((48, 64), np.uint8))
+    with pytest.raises(PipelineError, match="a picture; `pipeline convert` makes a recording"):
+        build("video", path=path)
 
 
 @pytest.mark.parametrize("content", [b"", b"this is no video" * 50])
 def test_what_is_no_video_is_one_line(tmp_path, capfd, content):
     path = tmp_path / "clip.mp4"
     path.write_bytes(content)
-    with pytest.raises(PipelineError, match="not a video OpenCV can read") as error:
+    with pytest.raises(PipelineError, match=r"not a video .*; copy it again if") as error:
         build("video", path=path)
     assert "\n" not in str(error.value)
     assert capfd.readouterr().err == ""

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from pipeline.command import run_app
+from pipeline.formats.writable import check_png, check_writable
 from trainer import clutter_commands, data_commands, engine_commands
 from trainer.command import NetworkArgument, make_folder, need_torch, progress
 from trainer.errors import TrainerError
@@ -118,11 +119,13 @@ def evaluate(
     from pipeline.formats.csist import read_csist
     from trainer import evaluate as scoring
 
+    if picture is not None:
+        check_png(picture)
+        need_torch()
     for out in (picture, json_out):
         if out is not None:
             make_folder(out.parent)
-    if picture is not None:
-        need_torch()
+            check_writable(out)
     data = read_csist(dataset)
     if engine == MODEL:
         loaded = None
@@ -158,6 +161,7 @@ def robustness(
 
     if json_out is not None:
         make_folder(json_out.parent)
+        check_writable(json_out)
     with load(engine, hard.SENSOR) as loaded:
         rows = hard.robustness(loaded, count, seed)
     hard.print_robustness(rows, Console())

@@ -12,6 +12,7 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation.frames import Frames, Pictures, RecordedFrames
 from pipeline.evaluation.roc_picture import draw_roc
 from pipeline.evaluation.run import UNKNOWN_CAMERA, all_detectors, evaluate, roc
+from pipeline.formats.writable import check_png, check_writable
 from pipeline.sensing import load_bad_pixels
 from pipeline.stages.detect import Detect
 
@@ -37,10 +38,11 @@ def evaluate_detection(
     Without --config, pictures are searched by `local_contrast`, which knows nothing of their
     cameras, recordings by the default of `detect`.
     """
+    if roc_picture is not None:
+        check_png(roc_picture)
     for path in (out, roc_picture):
-        _check_writable(path)
-    if roc_picture is not None and roc_picture.suffix.lower() != ".png":
-        raise PipelineError(f"{roc_picture}: a picture is a PNG; give a path that ends in .png")
+        if path is not None:
+            check_writable(path)
     settings = load_config(config)
     chosen = _detect_settings(settings, config)
     frames: Frames
@@ -75,11 +77,6 @@ def _detect_settings(settings: PipelineConfig, config: Path | None) -> Detect.Co
     if not isinstance(found, Detect.Config):
         raise PipelineError(f"{config}: topology has no stage `detect`; add it to front.stages")
     return found
-
-
-def _check_writable(path: Path | None) -> None:
-    if path is not None and not path.absolute().parent.is_dir():
-        raise PipelineError(f"{path}: no such folder {path.parent}; make it first")
 
 
 def _write(path: Path, content: bytes) -> None:

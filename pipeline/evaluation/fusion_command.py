@@ -10,6 +10,7 @@ import typer
 from pipeline.config import load_config, open_source
 from pipeline.errors import PipelineError
 from pipeline.evaluation.fusion import compare, figures
+from pipeline.formats.writable import check_writable
 from pipeline.stages.report import Report
 
 
@@ -22,8 +23,8 @@ def evaluate_fusion(
 
     Pd is compared from that which targets of p_exist ≥ 0.5 have without fusion.
     """
-    if out is not None and not out.parent.is_dir():
-        raise PipelineError(f"{out}: no such folder {out.parent}; make it first")
+    if out is not None:
+        check_writable(out)
     sources = []
     for path in recordings:
         if not path.exists():

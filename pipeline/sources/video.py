@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from pipeline.component import Settings, Source, configured_sensor
-from pipeline.errors import PipelineError, RunError
+from pipeline.errors import PipelineError
+from pipeline.formats.pictures import SUFFIXES
 from pipeline.messages import Frame, FrameInfo
 from pipeline.pacing import Pace
 from pipeline.physics.groups import SIZE_PX
@@ -41,6 +42,8 @@ SIGMA_ERROR = 0.15
 DEFAULT_FRAME_RATE_HZ = 30.0
 SHORTFALL = 0.01
 """Containers may state the number of frames from duration × rate: off by one, or by 1 %."""
+
+COPY_OR_CONVERT = "copy it again if it is cut short or damaged, or else convert it, e.g. to H.264"
 
 LOSSLESS = {"FFV1", "HFYU", "FFVH", "Y800", "GREY", "Y16 ", "Y1\x00\x10", "ULY0", "ULRG"}
 """Four-letter codes of codecs that keep every count, and of none."""
@@ -85,7 +88,7 @@ class Video(Source):
         rate_hz = capture.get(cv2.CAP_PROP_FPS)
         capture.release()
         if first_HW is None:
-            raise PipelineError(f"{config.path}: no frame of it can be decoded; convert it to mp4")
+            raise PipelineError(f"{config.path}: no frame of it can be decoded; {COPY_OR_CONVERT}")
         height, width = first_HW.shape
         if min(height, width) < SIZE_PX:
             raise PipelineError(
@@ -105,7 +108,7 @@ class Video(Source):
         return cls(config, sensor)
 
     def frames(self) -> Iterator[Frame]:
-        """The frames in order; raises RunError if decoding ends before the stated end."""
+        """The frames in order; raises PipelineError if decoding ends before the stated end."""
         pace = Pace(self._config.rate_hz, self._closed)
         seq = 0
         while True:
@@ -130,7 +133,7 @@ class Video(Source):
             capture.release()
         missing = (self._stated or 0) - number
         if missing > max(1.0, SHORTFALL * number):
-            raise RunError(
+            raise PipelineError(
                 f"{self._config.path}: decoding ended after {number} of {self._stated} frames; "
                 "the file is cut short or damaged, copy or convert it again"
             )
@@ -139,9 +142,14 @@ class Video(Source):
         path = self._config.path
         if not path.is_file():
             raise PipelineError(f"{path}: no such file; check the path")
+        if path.suffix.lower() in SUFFIXES:
+            raise PipelineError(
+                f"{path}: a picture; `pipeline convert` makes a recording of it (of JPEG and "
+                "BMP, saved as PNG)"
+            )
         capture = cv2.VideoCapture(str(path))
         if not capture.isOpened():
-            raise PipelineError(f"{path}: not a video OpenCV can read; convert it to mp4")
+            raise PipelineError(f"{path}: not a video OpenCV can read; {COPY_OR_CONVERT}")
         if int(capture.get(cv2.CAP_PROP_CODEC_PIXEL_FORMAT)) == _GREY_16:
             capture.set(cv2.CAP_PROP_CONVERT_RGB, 0)
         return capture
