@@ -72,6 +72,17 @@ def _look(families: Iterable[Metric]) -> Look:
     return Look(time.monotonic(), dict(values))
 
 
+def counted_from(now: Look, before: Look) -> Look:
+    """What to subtract from `now`: nothing where a counter went back, as the run began anew."""
+    restarted = any(
+        now.get(name, *labels) < value
+        for name, series in before.values.items()
+        if name.endswith("_total")
+        for labels, value in series.items()
+    )
+    return Look(before.t_s) if restarted else before
+
+
 def quantile_s(now: Look, before: Look | None, name: str, share: float, *labels: str) -> float:
     """Upper edge, seconds, of the histogram's bucket that holds the quantile since `before`."""
     counts = []
@@ -103,24 +114,35 @@ def watch(address: str, count: int | None, every_s: float) -> None:
                 time.sleep(every_s)
 
 
+def _shown(rate: float | None) -> str:
+    return "–" if rate is None else f"{rate:.1f}"
+
+
 def render(now: Look, before: Look | None) -> Group:
-    """All that is known as tables."""
-    seconds = now.t_s - before.t_s if before else 0.0
+    """All that is known as tables; rates, and quantiles, are of what came since `before`.
 
-    def rate(outcome: str) -> float:
-        earlier = before.total("irst_frames_total", outcome) if before else 0.0
-        gained = now.total("irst_frames_total", outcome) - earlier
-        return gained / seconds if seconds else 0.0
+    Without it there are no rates, and quantiles are of the whole run.
+    """
+    before = counted_from(now, before) if before else None
 
+    def rate(outcome: str) -> float | None:
+        if before is None:
+            return None
+        gained = now.total("irst_frames_total", outcome) - before.total(
+            "irst_frames_total", outcome
+        )
+        return gained / (now.t_s - before.t_s)
+
+    published, dropped = rate("published"), rate("dropped")
     lost = now.total("irst_frames_total", "dropped")
     restarts = now.values.get("irst_restarts_total", {})
     age_ms = [1e3 * quantile_s(now, before, "irst_publish_age_seconds", q) for q in (0.5, 0.99)]
     head = Text(
-        f"{rate('published'):.1f} frames/s published, {rate('dropped'):.1f} lost/s "
+        f"{_shown(published)} frames/s published, {_shown(dropped)} lost/s "
         f"({lost:.0f} in all); age ≤ {age_ms[0]:g} ms p50, ≤ {age_ms[1]:g} ms p99; "
         f"{now.get('irst_subscribers'):.0f} subscribers, {sum(restarts.values()):.0f} "
         f"restarts, {now.get('irst_malformed_messages_total'):.0f} malformed",
-        style="bold red" if rate("dropped") else "bold",
+        style="bold red" if dropped else "bold",
     )
     nodes = Table("node", "ready", "waiting", "held", "memory MB", "descriptors")
     for (name,), memory in now.values.get("irst_node_memory_bytes", {}).items():

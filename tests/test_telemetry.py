@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import assert_one_line_error
+from rich.console import Console
 
 from pipeline.runtime.children import BackOff
 from pipeline.runtime.logs import BURST, JsonLine, OneLine
@@ -20,7 +21,7 @@ from pipeline.runtime.metrics_page import MAX_OPEN
 from pipeline.runtime.telemetry import Telemetry
 from pipeline.runtime.topology import TOPOLOGY, running
 from pipeline.transport.sockets import AddressInUse
-from pipeline.watch import look_at, quantile_s, read_figures
+from pipeline.watch import Look, look_at, quantile_s, read_figures, render
 
 
 def free_port() -> int:
@@ -67,6 +68,29 @@ def test_figures_are_served_read_and_named_as_prometheus_wants_them():
     for name in look.values:
         assert name.startswith("irst_")
         assert not name.endswith(("_ms", "_ns"))
+
+
+def first_line(now, before):
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(render(now, before))
+    return shown.get().splitlines()[0]
+
+
+def frames(t_s, published, age_s):
+    """A look at a run of frames of one age."""
+    buckets = {(edge,): published * (float(edge) >= age_s) for edge in ("0.1", "1.0", "+Inf")}
+    outcomes = {("published", ""): published, ("dropped", "unmix"): 0.0}
+    return Look(t_s, {"irst_frames_total": outcomes, "irst_publish_age_seconds_bucket": buckets})
+
+
+def test_a_first_look_has_no_rate_and_one_after_a_restart_counts_from_nothing():
+    first = frames(0.0, 500.0, age_s=0.5)
+    assert first_line(first, None).startswith("– frames/s published, – lost/s (0 in all)")
+    assert first_line(frames(2.0, 600.0, 0.5), first).startswith("50.0 frames/s published, 0.0")
+    again = first_line(frames(2.0, 60.0, age_s=0.05), first)
+    assert again.startswith("30.0 frames/s published")
+    assert "age ≤ 100 ms p50, ≤ 100 ms p99" in again
 
 
 def test_every_series_is_there_before_the_first_loss():
