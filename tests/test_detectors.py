@@ -127,7 +127,7 @@ def test_equivalent_sigmas_keep_a_set_rate_over_noise(name):
 def test_local_contrast_keeps_a_set_rate_over_clutter_it_was_not_fitted_to():
     """Within a factor of 2.5, on pictures of other seeds than those of fit and calibration."""
     detector, rate, number = build("local_contrast"), 0.5, 0
-    pictures = draw_pictures(70, seed=77)
+    pictures = list(draw_pictures(70, seed=77))
     for pixels_HW, mask_HW in pictures:
         threshold = -float(ndtri(rate / pixels_HW.size))
         found = find_regions(detector.signal(pixels_HW).snr_HW, threshold).peak_xy

@@ -230,6 +230,7 @@ def test_wrong_arguments_are_one_line(command, tmp_path):
     assert_refused(["none", "no such folder"], images, none)
     assert_refused(["none: no such file"], none)
     assert_refused(["no such folder"], images, masks, out=none / "out.json")
+    assert_refused(["cannot be written (Is a directory)"], images, masks, out=tmp_path)
     assert_refused(["roc.pdf", "a PNG"], images, masks, roc_picture=tmp_path / "roc.pdf")
     bad = tmp_path / "bad.yaml"
     bad.write_text("detect: {detector: {kind: magic}}\n")
@@ -325,8 +326,23 @@ def test_the_same_seed_draws_the_same_pictures_and_every_one_has_a_target(tmp_pa
         written = read_picture(tmp_path / "a" / "images" / f"{number:04d}.png")
         np.testing.assert_array_equal(written, pixels_HW)
         assert 1 <= len(regions_of(mask_HW).pixels) <= 2
-    with pytest.raises(TrainerError, match=r"images: cannot be made .*choose a new folder"):
+    with pytest.raises(TrainerError, match=r"images: exists already; remove it or"):
         draw_clutter(tmp_path / "a", 1, 5)
+
+
+def test_pictures_are_drawn_all_or_none(tmp_path, monkeypatch):
+    def interrupt(done):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_pictures(tmp_path / "a", 3, 5, interrupt)
+    assert list((tmp_path / "a").iterdir()) == []
+    steps = []
+    write_pictures(tmp_path / "a", 3, 5, steps.append)
+    assert steps == [1, 2, 3]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["images", "masks"]
+    assert all(len(list(folder.iterdir())) == 3 for folder in (tmp_path / "a").iterdir())
 
 
 def test_the_discriminant_can_be_fitted_anew(tmp_path, monkeypatch):

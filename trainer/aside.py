@@ -40,7 +40,7 @@ def _held(lock: int, out_dir: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise TrainerError(
-            f"{out_dir}: another process is compiling there; wait for it, or name another --out"
+            f"{out_dir}: another process is writing there; wait for it, or choose another folder"
         ) from error
 
 

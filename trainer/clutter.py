@@ -8,7 +8,7 @@ A target is an elliptic Gaussian of sigma 0.6…2.5 px or, one in five, a blurre
 one target, the others two.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.aside import aside
 from trainer.errors import TrainerError
 
 Grey = NDArray[np.float64]
@@ -57,29 +58,40 @@ def draw_picture(kind: str, rng: np.random.Generator) -> Picture:
     return Picture(pixels, mask)
 
 
-def draw_pictures(count: int, seed: int) -> list[Picture]:
+def draw_pictures(count: int, seed: int) -> Iterator[Picture]:
     """So many, of all kinds in turn, each from a stream of random numbers of its own."""
     kinds = list(KINDS)
-    return [
-        draw_picture(kinds[number % len(kinds)], np.random.default_rng([seed, number]))
-        for number in range(count)
-    ]
+    for number in range(count):
+        yield draw_picture(kinds[number % len(kinds)], np.random.default_rng([seed, number]))
 
 
-def write_pictures(folder: Path, count: int, seed: int) -> None:
-    """`folder`/images and `folder`/masks, both with 0000.png, 0001.png, …."""
-    for name in ("images", "masks"):
+def write_pictures(
+    folder: Path, count: int, seed: int, progress: Callable[[int], None] | None = None
+) -> None:
+    """`folder`/images and `folder`/masks, both with 0000.png, 0001.png, …; or neither.
+
+    progress: called with the number drawn. Raises TrainerError if they are there already or cannot
+    be written.
+    """
+    names = ("images", "masks")
+    for name in names:
+        if (folder / name).exists():
+            raise TrainerError(f"{folder / name}: exists already; remove it or choose a new folder")
+    with aside(folder, "clutter") as part:
         try:
-            (folder / name).mkdir(parents=True)
+            for name in names:
+                (part / name).mkdir()
+            for number, picture in enumerate(draw_pictures(count, seed)):
+                images = picture.pixels_HW, 255 * picture.mask_HW.view(np.uint8)
+                for name, image in zip(names, images, strict=True):
+                    path = part / name / f"{number:04d}.png"
+                    path.write_bytes(cv2.imencode(".png", image)[1].tobytes())
+                if progress is not None:
+                    progress(number + 1)
+            for name in names:
+                (part / name).rename(folder / name)
         except OSError as error:
-            raise TrainerError(
-                f"{folder / name}: cannot be made ({error.strerror}); choose a new folder"
-            ) from error
-    for number, picture in enumerate(draw_pictures(count, seed)):
-        images = {"images": picture.pixels_HW, "masks": 255 * picture.mask_HW.view(np.uint8)}
-        for name, image in images.items():
-            path = folder / name / f"{number:04d}.png"
-            path.write_bytes(cv2.imencode(".png", image)[1].tobytes())
+            raise TrainerError(f"{folder}: cannot be written ({error.strerror})") from error
 
 
 def power_law(rng: np.random.Generator, height: int, width: int, slope: float) -> Grey:

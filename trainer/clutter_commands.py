@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from trainer.command import progress
+
 SeedOption = Annotated[int, typer.Option(min=0, help="The same seed draws the same pictures.")]
 
 
@@ -18,7 +20,8 @@ def draw_clutter(
     """Draw pictures of synthetic clutter with small targets, and their masks."""
     from trainer.clutter import write_pictures
 
-    write_pictures(out, count, seed)
+    with progress(f"clutter, seed {seed}", count) as show:
+        write_pictures(out, count, seed, show)
     print(f"wrote {out / 'images'} and {out / 'masks'}")
 
 

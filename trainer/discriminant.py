@@ -7,6 +7,7 @@ which score: what the Gaussian exceeds as often is the score's worth in sigmas.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import cv2
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
+from pipeline.formats.writable import check_writable
 from pipeline.imaging.islands import describe, directional_contrast, find_islands, smoothed
 from trainer.clutter import Picture, draw_pictures
 from trainer.errors import TrainerError
@@ -27,7 +29,7 @@ RATES_PER_MPX = np.geomspace(300.0, 1.0, 12)
 """False alarms a million pixels at which the scores are tabled."""
 
 
-def examples(pictures: list[Picture]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def examples(pictures: Iterable[Picture]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Features (N, F) of all islands and which are targets (N,)."""
     rows, targets = [], []
     for pixels_HW, mask_HW in pictures:
@@ -45,6 +47,7 @@ def examples(pictures: list[Picture]) -> tuple[NDArray[np.float64], NDArray[np.b
 
 def fit_discriminant(out: Path, count: int, seed: int) -> dict[str, float]:
     """Fit on `count` pictures, calibrate on as many others, write JSON; returns what to print."""
+    check_writable(out)
     torch.manual_seed(seed)
     features, is_target = examples(draw_pictures(count, seed))
     mean, scale = features.mean(axis=0), features.std(axis=0)
@@ -62,7 +65,7 @@ def fit_discriminant(out: Path, count: int, seed: int) -> dict[str, float]:
         optimizer.step()
         schedule.step()
 
-    held_out = draw_pictures(count, seed + 1)
+    held_out = list(draw_pictures(count, seed + 1))
     features, is_target = examples(held_out)
     with torch.no_grad():
         scores = network(torch.tensor((features - mean) / scale))[:, 0].numpy()
