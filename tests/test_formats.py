@@ -1,5 +1,6 @@
 """Both zarr layouts: what is written is what is read, and nothing malformed gets through."""
 
+import errno
 import math
 import re
 import shutil
@@ -166,6 +167,31 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_csist(tmp_path / "x.zarr", PROFILES["interior"], 5, 1, interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def write_mosaic(path):
+    write_csist(path, PROFILES["interior"], 5, seed=1)
+
+
+@pytest.mark.parametrize("write", [write_mosaic, write_recording])
+@pytest.mark.parametrize("writes", range(6))
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, write, writes):
+    """Whichever file there is no room for, the group's own metadata first of all."""
+    left = iter(range(writes))
+    put = zarr.storage._local._put
+
+    def full(*arguments, **named):
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return put(*arguments, **named)
+
+    monkeypatch.setattr("zarr.storage._local._put", full)
+    with pytest.raises(
+        PipelineError, match=r"x\.zarr: cannot be written \(No space left on"
+    ) as error:
+        write(tmp_path / "x.zarr")
+    one_line(error)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.formats.csist import write_csist
 from pipeline.formats.recording import RecordingWriter
@@ -70,7 +71,7 @@ def write_scene(out: Path, frames: int, seed: int, progress: Callable[[int], Non
                 intensity=frame.intensity,
             )
             progress(index + 1)
-    cv2.imwrite(str(bad_pixels_path(out)), scene.bad_pixels_HW.astype(np.uint8) * 255)
+        _write_mask(bad_pixels_path(out), scene.bad_pixels_HW)
 
 
 def write_clutter(
@@ -95,6 +96,14 @@ def write_clutter(
             )
             first = end
             progress(index + 1)
+
+
+def _write_mask(path: Path, mask_HW: NDArray[np.bool_]) -> None:
+    try:
+        path.write_bytes(cv2.imencode(".png", mask_HW.astype(np.uint8) * 255)[1].tobytes())
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise TrainerError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def bad_pixels_path(recording: Path) -> Path:

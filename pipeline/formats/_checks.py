@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import zarr
@@ -179,10 +179,11 @@ class NewGroup:
         self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         self._refuse_existing()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._partial.mkdir(parents=True)
+        except OSError as error:
+            raise PipelineError(f"{path}: cannot write there ({first_line(error)})") from error
+        with self.all_or_nothing():
             self.group = zarr.open_group(str(self._partial), mode="w-", zarr_format=3)
-        except (OSError, ValueError) as error:
-            raise PipelineError(f"{path}: cannot write there ({error})") from error
 
     def _refuse_existing(self) -> None:
         if self.path.exists():
@@ -197,21 +198,23 @@ class NewGroup:
         """Remove what was written."""
         shutil.rmtree(self._partial, ignore_errors=True)
 
-    def fail(self, error: OSError) -> NoReturn:
-        """Remove what was written and say why in one line."""
-        self.discard()
-        raise PipelineError(f"{self.path}: cannot be written ({first_line(error)})") from error
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Whatever is raised inside the block removes what was written, OSError in one line."""
+        try:
+            yield
+        except OSError as error:
+            self.discard()
+            raise PipelineError(f"{self.path}: cannot be written ({first_line(error)})") from error
+        except BaseException:
+            self.discard()
+            raise
 
 
 @contextmanager
 def new_group(path: Path) -> Iterator[zarr.Group]:
     """A group to fill; it appears at `path` at the end of the block, or not at all."""
     new = NewGroup(path)
-    try:
+    with new.all_or_nothing():
         yield new.group
         new.commit()
-    except OSError as error:
-        new.fail(error)
-    except BaseException:
-        new.discard()
-        raise

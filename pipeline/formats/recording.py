@@ -140,21 +140,22 @@ class RecordingWriter:
         self._truth: list[tuple[NDArray[Any], ...]] = []
         self._new = _checks.NewGroup(path)
         group = self._new.group
-        group.attrs.update(
-            {
-                "format": FORMAT,
-                "format_version": _checks.FORMAT_VERSION,
-                "sensor": sensor.to_attributes(),
-            }
-        )
-        self._frames = group.create_array(
-            "frame",
-            shape=(0, *shape),
-            chunks=(1, *shape),
-            dtype=_checks.dtype_for(sensor),
-            attributes={COMPLETE: True},
-            config={"write_empty_chunks": True},
-        )
+        with self._new.all_or_nothing():
+            group.attrs.update(
+                {
+                    "format": FORMAT,
+                    "format_version": _checks.FORMAT_VERSION,
+                    "sensor": sensor.to_attributes(),
+                }
+            )
+            self._frames = group.create_array(
+                "frame",
+                shape=(0, *shape),
+                chunks=(1, *shape),
+                dtype=_checks.dtype_for(sensor),
+                attributes={COMPLETE: True},
+                config={"write_empty_chunks": True},
+            )
 
     def append(
         self,
@@ -181,13 +182,11 @@ class RecordingWriter:
         if self._timestamp_ns and timestamp_ns <= self._timestamp_ns[-1]:
             raise ValueError(f"timestamp {timestamp_ns} ns does not follow the last frame's")
         rows = None if xy_px is None else _truth_rows(xy_px, target_id, intensity)
-        try:
+        with self._new.all_or_nothing():
             if self.count == self._frames.shape[0]:  # room for twice as many
                 room = max(2 * self.count, 64)
                 self._frames.resize((room, *shape))
             self._frames[self.count] = pixels_HW.astype(self._frames.dtype, copy=False)
-        except OSError as error:
-            self._new.fail(error)
         if rows is not None:
             index = np.full(len(rows[0]), self.count, dtype=np.int32)
             self._truth.append((index, *rows))
@@ -197,7 +196,7 @@ class RecordingWriter:
     def close(self) -> None:
         """Finish the recording and give it its name."""
         group = self._new.group
-        try:
+        with self._new.all_or_nothing():
             self._frames.resize((self.count, *self._frames.shape[1:]))
             group.create_array("timestamp_ns", data=np.array(self._timestamp_ns, dtype=np.int64))
             if self._truth:
@@ -207,11 +206,6 @@ class RecordingWriter:
                 for name, column in zip(names, columns, strict=True):
                     truth.create_array(name, data=column)
             self._new.commit()
-        except OSError as error:
-            self._new.fail(error)
-        except BaseException:
-            self._new.discard()
-            raise
 
     def discard(self) -> None:
         """Remove what was written."""
