@@ -1,6 +1,7 @@
 """What a subscriber is told, beside the messages: what it missed, and what it cannot read."""
 
 import re
+import socket
 import subprocess
 import time
 
@@ -8,7 +9,7 @@ import pytest
 from conftest import BIN
 
 from pipeline.client import MAX_NAMED, Subscriber
-from pipeline.errors import RunError
+from pipeline.errors import PipelineError, RunError
 from pipeline.transport.publish import Publisher
 from pipeline.transport.security import make_keys
 
@@ -136,6 +137,22 @@ def test_a_version_that_is_not_known_is_refused_and_said_once(publisher, endpoin
     assert caplog.text.count("refused") == 1
     assert "irst.targets/2" in caplog.text
     subscriber.close()
+
+
+@pytest.mark.parametrize("known_later", [False, True])
+def test_a_host_that_nobody_knows_is_named_at_once(monkeypatch, known_later):
+    def look_up(host, *_):
+        assert host == "nosuchhost.invalid"
+        code = socket.EAI_AGAIN if known_later else socket.EAI_NONAME
+        raise socket.gaierror(code, "Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", look_up)
+    if known_later:
+        Subscriber("tcp://nosuchhost.invalid:5556").close()
+        return
+    with pytest.raises(PipelineError, match=r"no host `nosuchhost\.invalid` is known") as error:
+        Subscriber("tcp://nosuchhost.invalid:5556")
+    assert error.value.exit_code == 2
 
 
 def test_silence_is_said_once_and_so_is_its_end(endpoint, tmp_path):

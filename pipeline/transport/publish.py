@@ -6,6 +6,8 @@ targets and gaps. Who never takes `acks`, such as a program of another's, is not
 """
 
 import contextlib
+import re
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -208,6 +210,23 @@ def _connection(frame: zmq.Frame) -> int:
         return -1
 
 
+def _check_host(endpoint: str) -> None:
+    """Raise PipelineError if nobody knows the host; libzmq would wait until somebody does.
+
+    A name server that does not answer may do so later.
+    """
+    host = re.fullmatch(r"tcp://([A-Za-z0-9._-]+):[0-9]+", endpoint)
+    if host is None:
+        return
+    try:
+        socket.getaddrinfo(host[1], None, socket.AF_INET)
+    except socket.gaierror as error:
+        if error.errno != socket.EAI_AGAIN:
+            raise PipelineError(
+                f"{endpoint}: no host `{host[1]}` is known ({error.strerror}); check the name"
+            ) from error
+
+
 class SubscriberSocket:
     """Receives what a Publisher sends. queue: how many messages may wait here, 0 = any number."""
 
@@ -222,8 +241,12 @@ class SubscriberSocket:
                 keys.apply(self._socket)
             if not endpoint.startswith(("tcp://", "ipc://")):
                 raise zmq.ZMQError(zmq.EPROTONOSUPPORT)
+            _check_host(endpoint)
             speak_ip(self._socket, endpoint)
             self._socket.connect(endpoint)
+        except PipelineError:
+            self._socket.close()
+            raise
         except zmq.ZMQError as error:
             self._socket.close()
             raise PipelineError(
