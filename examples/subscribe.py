@@ -3,13 +3,19 @@
 python examples/subscribe.py tcp://127.0.0.1:5556
 """
 
-import sys
+import argparse
 
 import msgpack
 import zmq
 
+parser = argparse.ArgumentParser(description="Print the targets a pipeline publishes.")
+parser.add_argument("endpoint", help="its publish.endpoint, e.g. tcp://127.0.0.1:5556")
+endpoint = parser.parse_args().endpoint
 socket = zmq.Context().socket(zmq.SUB)
-socket.connect(sys.argv[1])
+try:
+    socket.connect(endpoint)
+except zmq.ZMQError as error:
+    parser.error(f"{endpoint}: {error}")
 socket.setsockopt(zmq.SUBSCRIBE, b"targets.")
 while True:
     topic, body = socket.recv_multipart()

@@ -37,6 +37,12 @@ from pipeline.watch import Look, read_figures
 
 ACTORS = Path(__file__).with_name("chaos_actors.py")
 NODES = ("front", "unmix", "back")
+KINDS = (
+    *(("kill", node) for node in NODES),
+    *(("stop", node) for node in NODES),
+    *(("deafen",), ("feed_garbage",), ("intrude",), ("damage",), ("swap",)),
+)
+"""Of events: the method, without its underscore, and what it is given."""
 STOPS_S = (1.0, 3.0)
 HEALTHY_S = 30.0
 CONFIG = """
@@ -126,17 +132,13 @@ class Chaos:
 
     def strike(self, seconds: float, events: int) -> None:
         """So many events, spread over the time, each kind as often as any other."""
-        kinds = [(self._kill, node) for node in NODES] + [(self._stop, node) for node in NODES]
-        kinds += [(self._deafen,), (self._feed_garbage,), (self._intrude,), (self._damage,)]
-        kinds += [(self._swap,)]
-        assert events >= len(kinds), f"fewer than the {len(kinds)} kinds there are"
-        order: list[tuple] = []
+        order: list[tuple[str, ...]] = []
         while len(order) < events:
-            order += self._rng.sample(kinds, len(kinds))
+            order += self._rng.sample(KINDS, len(KINDS))
         next_s = time.monotonic()
         for event, *words in order[:events]:
-            event(*words)
-            self.done[" ".join([event.__name__.strip("_"), *words])] += 1
+            getattr(self, f"_{event}")(*words)
+            self.done[" ".join([event, *words])] += 1
             next_s += self._rng.uniform(0.5, 1.5) * seconds / events
             time.sleep(max(0.0, next_s - time.monotonic()))
 
@@ -387,6 +389,8 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
+    if given.events < len(KINDS):
+        parser.error(f"--events: at least {len(KINDS)}, one of each kind, got {given.events}")
     end, effects, done, well_s = run_chaos(given.seconds, given.events, given.seed)
     print(json.dumps(end, indent=1))
     print(f"events: {dict(done)}\neffects: {effects}\nwell {well_s:.1f} s after the last")

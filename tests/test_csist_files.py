@@ -385,7 +385,11 @@ def text(old: str, new: str, encoding: str = "utf-8") -> Callable[[Path], object
         ),
         (lambda f: shutil.rmtree(f / "test/cso_img"), ["test/cso_img", "no image_<id>.png"]),
         (lambda f: [p.unlink() for p in f.rglob("*.png")], ["test/cso_img", "no image_<id>.png"]),
-        (lambda f: shutil.rmtree(f), ["original: holds neither cso_img/ nor train, val, test"]),
+        (lambda f: shutil.rmtree(f), ["original: no such folder"]),
+        (
+            lambda f: shutil.rmtree(f / "test"),
+            ["original: holds neither cso_img/ nor train, val, test"],
+        ),
         (lambda f: (f / IMAGE).with_name("image_b.png").touch(), ["image_b.png", "not named"]),
         (
             lambda f: shutil.copy(f / IMAGE, (f / IMAGE).with_name("image_08.png")),

@@ -62,6 +62,24 @@ def test_scripts_are_sound_bash(script):
     subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
 
 
+@pytest.mark.parametrize(
+    ("words", "fragment"),
+    [
+        ("subscribe.py", "required: endpoint"),
+        ("subscribe.py nowhere", "nowhere: Invalid argument"),
+        ("send_frames.py tcp://127.0.0.1:5557 many", "invalid int value: 'many'"),
+        ("send_frames.py nowhere 1", "nowhere: Invalid argument"),
+    ],
+)
+def test_an_example_says_what_it_wants(words, fragment):
+    result = subprocess.run(
+        [sys.executable, *words.split()], cwd=ROOT / "examples", capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert fragment in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.parametrize("program", ["pipeline", "trainer"])
 def test_every_command_has_help(command, program):
     result = command(program, "--help")

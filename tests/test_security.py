@@ -261,6 +261,13 @@ def test_a_damaged_key_is_named(keys, text):
         ClientKeys.load(keys / "tracker")
 
 
+@pytest.mark.parametrize("where", ["/proc/x", "a file"])
+def test_where_keys_cannot_be_put_is_named_with_what_to_do(tmp_path, where):
+    (tmp_path / "a file").touch()
+    with pytest.raises(PipelineError, match=rf"{where}: keys cannot be put there .*choose another"):
+        make_keys(tmp_path / where, "tracker")
+
+
 def test_without_a_client_on_the_list_nothing_starts(keys):
     (keys / "server" / "clients" / "tracker.key").unlink()
     with pytest.raises(PipelineError, match="no client is allowed"):

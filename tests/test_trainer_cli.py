@@ -225,6 +225,23 @@ def test_shipped_weights_are_chosen_by_sensor(folder: Path, tmp_path: Path) -> N
             "evaluate --dataset {}/field.zarr --network dista_net --weights {}/tiny.pt",
             ["tiny.pt is made for full_scale 255"],
         ),
+        (
+            "evaluate --dataset {}/data.zarr --engine {}/tiny.json --json {}",
+            ["cannot be written (Is a directory)"],
+        ),
+        (
+            "evaluate --dataset nosuch.zarr --engine default --json /proc/self/x.json",
+            ["/proc/self/x.json: cannot be written"],
+        ),
+        (
+            "evaluate --dataset nosuch.zarr --engine default --picture new/x.jpg",
+            ["x.jpg: a picture is a PNG"],
+        ),
+        ("robustness --json /proc/self/x.json", ["/proc/self/x.json: cannot be written"]),
+        ("compile nosuch.onnx --target torch", ["nosuch.onnx: no such model"]),
+        ("compile {}/tiny.json --target torch", ["tiny.json: not an .onnx"]),
+        ("import-csist nosuch o.zarr", ["nosuch: no such folder"]),
+        ("import-csist nosuch o.zarr --split val", ["nosuch: no such folder"]),
         ("export dista_net --run nosuch", ["no such checkpoint", "trainer fit"]),
         ("export nosuch --run {}/run", ["a run of `dista_net`"]),
         ("export dista_net --run {}/run --name a/b", ["--name", "'a/b'"]),

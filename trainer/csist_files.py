@@ -103,8 +103,11 @@ def split_folder(folder: Path, split: str | None) -> Path:
     """The folder that holds cso_img/ of one split.
 
     folder: holds the splits. Without `split` it may be a split itself, or else hold just one.
-    Raises TrainerError for a split of another name, and when it is not clear which one is meant.
+    Raises TrainerError for a folder that is missing, a split of another name, and when it is not
+    clear which one is meant.
     """
+    if not folder.is_dir():
+        raise TrainerError(f"{folder}: no such folder; check the path")
     if split is not None:
         _check_split(split)
         return folder / split

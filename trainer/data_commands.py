@@ -14,7 +14,9 @@ def generate(
     out: Annotated[
         Path, typer.Argument(metavar="OUT.zarr", help="Zarr group to write; must not exist.")
     ],
-    profile: Annotated[str, typer.Option(help="csist-100k, interior, field, scene or clutter.")],
+    profile: Annotated[
+        str, typer.Option(help="csist-100k, interior, field, sensors, scene or clutter.")
+    ],
     count: Annotated[int, typer.Option(min=1, help="Patches; for a scene, frames.")],
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same data.")] = 0,
     backgrounds: Annotated[

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from engines.build import Precision, Target
 from trainer.command import NetworkArgument, make_folder, need_torch
+from trainer.errors import TrainerError
 from trainer.yolo import commands as yolo_commands
 
 
@@ -62,6 +63,12 @@ def compile_engine(
     It is compared with torch in f32 on held-out patches first, maps and CSO-mAP, and not written
     if it is worse than allowed.
     """
+    if model.suffix != ".onnx":
+        raise TrainerError(
+            f"{model}: not an .onnx; give NAME.onnx with its manifest NAME.json beside"
+        )
+    if not model.is_file():
+        raise TrainerError(f"{model}: no such model; `trainer export` writes model and manifest")
     need_torch()
     from trainer.build import Wish
     from trainer.compile import compile_model

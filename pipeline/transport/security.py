@@ -122,7 +122,10 @@ def make_keys(folder: Path, client: str) -> Path:
         _write(own / "server.key", _public_file(server_public))
         _write(server / "clients" / f"{client}.key", _public_file(public))
     except OSError as error:
-        raise PipelineError(f"{error.filename or folder}: {error.strerror}") from error
+        raise PipelineError(
+            f"{error.filename or folder}: keys cannot be put there ({error.strerror}); choose "
+            "another folder"
+        ) from error
     return own
 
 
