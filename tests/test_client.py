@@ -151,7 +151,7 @@ def test_a_host_that_nobody_knows_is_named_at_once(monkeypatch, known_later):
         Subscriber("tcp://nosuchhost.invalid:5556").close()
         return
     with pytest.raises(PipelineError, match=r"no host `nosuchhost\.invalid` is known") as error:
-        Subscriber("tcp://nosuchhost.invalid:5556")
+        Subscriber("tcp://nosuchhost.invalid:5556").close()
     assert error.value.exit_code == 2
 
 
