@@ -124,14 +124,8 @@ def misfits(build: Build) -> list[str]:
         return [str(error)]
 
 
-def load(
-    name_or_path: str,
-    sensor: SensorLike,
-    backend: str | None = None,
-    options: Options | None = None,
-    models: Path = MODELS,
-) -> Engine:
-    """A warm engine for this sensor; raises EngineError, one line, if there is none."""
+def fitting(name_or_path: str, sensor: SensorLike, models: Path = MODELS) -> tuple[Path, Manifest]:
+    """`resolve`, and what the manifest says; raises EngineError if it is not for this sensor."""
     path = resolve(name_or_path, sensor, models)
     manifest = read_manifest(path)
     mismatches = manifest.fits(sensor)
@@ -140,6 +134,18 @@ def load(
             f"engine {path}: {'; '.join(mismatches)}; use `--engine {DEFAULT}`, or correct the "
             "sensor's fields in the config"
         )
+    return path, manifest
+
+
+def load(
+    name_or_path: str,
+    sensor: SensorLike,
+    backend: str | None = None,
+    options: Options | None = None,
+    models: Path = MODELS,
+) -> Engine:
+    """A warm engine for this sensor; raises EngineError, one line, if there is none."""
+    path, manifest = fitting(name_or_path, sensor, models)
     told = replace(options or Options(), sigma_px=sensor.sigma_px)
     return open_model(path, manifest, backend, told)
 

@@ -1,7 +1,7 @@
 """How a command begins: Ctrl-C while Python still imports what it needs ends it without a word."""
 
+import os
 import signal
-import sys
 from importlib import import_module
 
 
@@ -10,10 +10,11 @@ def begin(module: str) -> None:
 
     SIGUSR1, `read the configuration again`, means nothing before there is a run.
     """
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     interrupted = signal.getsignal(signal.SIGINT)
     if interrupted is signal.default_int_handler:
-        signal.signal(signal.SIGINT, lambda number, _frame: sys.exit(128 + number))
+        # At once: an exception in the middle of an import is made another by some libraries.
+        signal.signal(signal.SIGINT, lambda number, _frame: os._exit(128 + number))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     command = import_module(module).main
     signal.signal(signal.SIGINT, interrupted)
     command()

@@ -152,7 +152,7 @@ def test_a_host_that_nobody_knows_is_named_at_once(monkeypatch, known_later):
         return
     with pytest.raises(PipelineError, match=r"no host `nosuchhost\.invalid` is known") as error:
         Subscriber("tcp://nosuchhost.invalid:5556").close()
-    assert error.value.exit_code == 2
+    assert error.value.exit_code == 1, "it may be there later"
 
 
 def test_silence_is_said_once_and_so_is_its_end(endpoint, tmp_path):

@@ -261,8 +261,10 @@ def files(tmp_path_factory):
         write(folder, stack)
     (folder / "a.png").write_bytes(encode_image(stack[0]))
     write_video(folder / "a.avi")
+    image = stack_of(1, shape)[0]
+    image[0, 0] = 0  # as a map of bad pixels: one is good
     for name in ("csist.png", "bad.png"):
-        (folder / name).write_bytes(encode_image(stack_of(1, shape)[0]))
+        (folder / name).write_bytes(encode_image(image))
     targets = np.array([[4.25, 5.5, 230.0], [5.0, 5.5, 240.0]], np.float32)
     (folder / "CSO1.xml").write_text(format_annotation(1, 0.5, targets))
     shutil.copy(WEIGHTS / "focus.pt", folder)

@@ -1,6 +1,7 @@
 """Live runs: stopping, overload, dead processes. Every process here is real."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import pytest
 from conftest import BIN
 
 from engines.loader import MODELS
+from engines.manifest import sha256_of
 from pipeline.client import Subscriber
 from pipeline.component import Stage
 from pipeline.config import load_config, open_source
@@ -203,24 +205,36 @@ def test_a_replay_told_to_stop_leaves_nothing_behind(run_dir, scene_recording, p
 
 def test_a_replay_told_to_stop_says_how_far_it_came(run_dir, scene_recording):
     published = f"publish: {{endpoint: 'ipc://{run_dir}/out', wait_for: 1}}"
-    process = start(run_dir, published, "replay", str(scene_recording), "--rate", "4")
+    process = start(run_dir, published, "replay", str(scene_recording), "--rate", "2")
     with contextlib.closing(Subscriber(f"ipc://{run_dir}/out")) as subscriber:
         seq = 0
-        while seq == 0:  # the second frame is published, so the first is counted
+        while seq < 2:  # the third frame is published, so the first is counted
             message = subscriber.receive(30.0)
             assert message is not None
             seq = message.get("frame_seq", 0)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 143
-    assert re.fullmatch(r"pipeline: interrupted after \d+ frames\n", stderr), stderr
+    waiting, last = stderr.splitlines()
+    assert waiting.startswith("waiting for 1 subscriber at ipc://")
+    assert re.fullmatch(r"pipeline: interrupted after \d+ frames", last)
 
 
 def test_ctrl_c_while_a_command_is_imported_ends_it_without_a_word(run_dir):
-    process = start(run_dir, "", "check")
-    wait_for(lambda: spares(process.pid, signal.SIGUSR1), every_s=0.001)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=30) == ("", "")
+    (run_dir / "slow.py").write_text("import time; print('importing'); time.sleep(100)")
+    begin = "from pipeline.entry import begin; begin('slow')"
+    with subprocess.Popen(
+        [BIN / "python", "-u", "-c", begin],
+        cwd=run_dir,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == ("", "")
     assert process.returncode == 130
 
 
@@ -464,10 +478,20 @@ def test_another_engine_takes_over_without_losing_a_frame(run_dir):
     assert engines == sorted(engines, key=engines.index), "one after the other"
     assert process.stderr
     assert "has taken over" in process.stderr.readline()
-    for wrong in ("engine: none_such\n", "engine: off_grid\n", "report: {min_snr: x}\n"):
+    shutil.copy(MODELS / "dista_net_field.onnx", run_dir / "other.onnx")
+    manifest = json.loads((MODELS / "off_grid_any.json").read_text())
+    manifest["onnx_sha256"] = sha256_of(run_dir / "other.onnx")
+    (run_dir / "other.json").write_text(json.dumps(manifest))
+    for wrong, fragment in (
+        ("engine: none_such\n", "none_such"),
+        ("engine: off_grid\n", "the sensor has"),
+        ("report: {min_snr: x}\n", "min_snr"),
+        (f"engine: {run_dir}/other.json\n", f"{run_dir}/other.onnx: "),
+    ):
         (run_dir / "config.yaml").write_text(scene + wrong)
         process.send_signal(signal.SIGUSR1)
-        assert "the run goes on as it was" in process.stderr.readline()
+        line = process.stderr.readline()
+        assert "the run goes on as it was" in line and fragment in line, line
     wait_for(lambda: len(workers(process.pid)) == 2)
     (copies,) = run_dir.glob("irst-*/engines.*")
     assert copies.name == "engines.1", "of those that were refused or are over, none is left"

@@ -55,6 +55,14 @@ CANNOT_RUN = {
         lambda folder: f"dead_letters: {{folder: {folder}/config.yaml/x}}",
         ("dead_letters.folder", "cannot be written"),
     ),
+    "a file in place of a socket": (
+        lambda folder: f'publish: {{endpoint: "ipc://{folder}/config.yaml"}}',
+        ("publish.endpoint", "config.yaml is there already and not ours"),
+    ),
+    "nobody to wait for": (
+        lambda _: "publish: {endpoint: null, wait_for: 1}",
+        ("publish.wait_for", "nobody can subscribe"),
+    ),
     "one path for two": (
         lambda folder: (
             f'publish: {{endpoint: "ipc://{folder}/out", frames: "ipc://{folder}/./out"}}'

@@ -13,7 +13,7 @@ def check_writable(path: Path) -> None:
         there = path.exists()
         path.open("ab").close()
         if not there:
-            path.unlink()
+            path.resolve().unlink()  # not a link that led nowhere
     except OSError as error:
         raise PipelineError(
             f"{path}: cannot be written ({error.strerror}); choose another file"

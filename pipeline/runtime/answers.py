@@ -6,6 +6,7 @@ from typing import Any
 from engines.errors import EngineError
 from pipeline.errors import PipelineError, RunError, told
 from pipeline.messages import Dropped, Trace
+from pipeline.runtime.pins import told_of_originals
 from pipeline.transport import codec
 from pipeline.transport.hub import MAX_TEXT, NodeSocket, Word
 
@@ -35,10 +36,16 @@ def send(socket: NodeSocket, message: Any, trace: Trace) -> bool:
     return True
 
 
-def tell_failure(socket: NodeSocket, error: Exception, *, fatal: bool) -> None:
-    """Say why this process ends; what is fatal ends the run, else the node is started again."""
+def tell_failure(
+    socket: NodeSocket, error: Exception, originals: dict[str, str], *, fatal: bool
+) -> None:
+    """Say why this process ends; what is fatal ends a run that has not started.
+
+    originals: see `Pinned`.
+    """
     if isinstance(error, PipelineError | EngineError):
         line, code = str(error), error.exit_code
     else:
         line, code = told(error), RunError.exit_code
-    socket.send(Word("failed" if fatal else "faulted", text=line[:MAX_TEXT], code=code))
+    line = told_of_originals(line, originals)[:MAX_TEXT]
+    socket.send(Word("failed" if fatal else "faulted", text=line, code=code))

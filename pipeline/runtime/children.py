@@ -57,6 +57,7 @@ class Child:
     holds_since_s: float = 0.0
     start_at_s: float | None = 0.0  # when to start the next process; None: it runs
     last_words: str = ""
+    in_vain: int = 0  # starts, one after another, that did not get as far as ready
     vital: bool = True  # the run cannot do without it
 
     @property
@@ -177,14 +178,18 @@ class Children:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _bury(self, child: Child, now_s: float, how: str) -> None:
+        limit = self.settings.restarts
+        child.in_vain = 0 if child.ready else child.in_vain + 1
         delay_s = child.back_off.delay_s(now_s)
         self.on_gone(child)
         cause = f": {child.last_words}" if child.last_words else ""
+        allowed = f"{limit} restarts in {self.settings.within_s:g} s are allowed"
+        if child.in_vain > limit:  # however long each took
+            delay_s, allowed = None, f"{child.in_vain} starts were in vain"
         if delay_s is None and not child.vital:
             delay_s = MAX_DELAY_S
         if delay_s is None:
-            allowed = f"{self.settings.restarts} restarts in {self.settings.within_s:g} s"
-            raise RunError(f"node {child.name} {how}{cause}; {allowed} are allowed")
+            raise RunError(f"node {child.name} {how}{cause}; {allowed}")
         log.warning("node %s %s%s; restarting in %.2g s", child.name, how, cause, delay_s)
         self.restarts[child.name] += 1
         child.start_at_s = now_s + delay_s

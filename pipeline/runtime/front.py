@@ -64,7 +64,7 @@ def run_front(task: NodeTask, first: Flow, flow: Flow, socket: NodeSocket, wake:
         inlet.close()
         tap.close()
     if inlet.failure is not None:
-        tell_failure(socket, inlet.failure, fatal=True)
+        tell_failure(socket, inlet.failure, task.originals, fatal=True)
     socket.send(Word("end", task.intake.taken))
 
 

@@ -68,7 +68,8 @@ def run_node(task: NodeTask) -> None:
                 run_worker(task, flow, socket)
     except Exception as error:
         log.debug("node %s", task.node.name, exc_info=True)
-        tell_failure(socket, error, fatal=isinstance(error, PipelineError | EngineError))
+        fatal = isinstance(error, PipelineError | EngineError)
+        tell_failure(socket, error, task.originals, fatal=fatal)
     finally:
         socket.close()
         sockets.end()

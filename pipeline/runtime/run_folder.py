@@ -14,6 +14,7 @@ from pipeline.errors import RunError
 
 PREFIX = "irst-"
 SETTLED_S = 10.0
+YOUNG_S = 3600.0
 
 
 @contextmanager
@@ -27,21 +28,24 @@ def run_folder() -> Iterator[Path]:
         with suppress(OSError):
             _sweep(lock)
     with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
-        held = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(held, fcntl.LOCK_SH)  # systemd-tmpfiles leaves alone what is locked
-            yield Path(folder)
-        finally:
-            os.close(held)
+        yield Path(folder)
 
 
-def check_there(folder: Path) -> None:
-    """Raise RunError if somebody has removed the folder: no node could be started again."""
-    if not folder.exists():
+def tend(folder: Path) -> None:
+    """Keep the folder from being taken for an old one, by what cleans temporary files.
+
+    Raises RunError if somebody has removed it all the same: no node could be started again.
+    """
+    try:
+        if time.time() - folder.stat().st_mtime < YOUNG_S:
+            return
+        for path in (folder, *folder.rglob("*")):
+            os.utime(path, follow_symlinks=False)
+    except FileNotFoundError as error:
         raise RunError(
             f"{folder}: the run's own folder was removed; keep what cleans temporary files from "
             f"{PREFIX}*, or set TMPDIR to another place"
-        )
+        ) from error
 
 
 def _sweep(lock: Path) -> None:

@@ -28,7 +28,7 @@ from pipeline.runtime.node import run_node
 from pipeline.runtime.outlet import Messages, Outlet
 from pipeline.runtime.pins import pinned, pinned_sensor
 from pipeline.runtime.rehearsal import settle
-from pipeline.runtime.run_folder import check_there, run_folder
+from pipeline.runtime.run_folder import run_folder, tend
 from pipeline.runtime.signals import held_signals
 from pipeline.runtime.swap import Reloader, hand_out
 from pipeline.runtime.task import Mode, NodeTask, hub_endpoint
@@ -123,7 +123,8 @@ class Supervisor:
         sensor = pinned_sensor(self._config.sensor, self._sensor, self._shape, folder)
         for row, node in enumerate(self._config.topology):
             task = NodeTask(
-                config=replace(running, sensor=sensor),
+                config=replace(running.config, sensor=sensor),
+                originals=running.originals,
                 row=row,
                 run_dir=folder,
                 mode=self._mode,
@@ -232,7 +233,7 @@ class Supervisor:
 
     def _keep_house(self, now: float) -> None:
         self._next_housekeeping = now + HOUSEKEEPING_S
-        check_there(self._folder)
+        tend(self._folder)
         self._service.beat(now)
         self._children.note_work(self._dispatcher.working_on())
         self._children.watch()
@@ -263,11 +264,12 @@ class Supervisor:
             child.ready or (not child.vital and child.number > 1) for child in self._children.all
         )
         if ready:
+            self._listener.started = True
             self._service.say_once("READY=1")  # now, as who is waited for may wait for this
         if ready and self._publisher.subscribers >= self._config.publish.wait_for:
             if self._mode == "live":
                 settle()
-            self._started = self._listener.started = True
+            self._started = True
             self._outlet.output.start()
 
     def _drain_by(self, now: float) -> None:

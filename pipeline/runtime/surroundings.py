@@ -22,6 +22,8 @@ def check_surroundings(settings: PipelineConfig) -> list[Unavailable]:
     Raises PipelineError for what can never be.
     """
     keys = ServerKeys.load(settings.publish.keys) if settings.publish.keys else None
+    if settings.publish.wait_for and settings.publish.endpoint is None:
+        raise PipelineError("publish.wait_for: nobody can subscribe without publish.endpoint")
     if settings.dead_letters.folder is not None:
         try_writing(settings.dead_letters.folder, "dead_letters.folder")
     available = os.sched_getaffinity(0)

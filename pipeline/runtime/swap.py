@@ -125,15 +125,14 @@ class Reloader:
         read, self._read = self._read, None
         self._config = read() if read is not None else running
         check_swap(running, self._config)
-        self._new = Children(self._children.entry, self._children.settings, _cannot_start)
         front, *workers = self._children.all
-        generation = workers[0].generation + 1
-        config = pinned(self._config, front.task.sensor, front.task.run_dir, generation)
-        config = replace(config, sensor=front.task.config.sensor)
+        generation = self._generation + 1
+        copies = pinned(self._config, front.task.sensor, front.task.run_dir, generation)
+        config = replace(copies.config, sensor=front.task.config.sensor)
+        self._new = Children(self._children.entry, self._children.settings, _cannot_start)
         for child in workers:
-            self._new.add(
-                child.name, child.row, replace(child.task, config=config), vital=child.vital
-            )
+            task = replace(child.task, config=config, originals=copies.originals)
+            self._new.add(child.name, child.row, task, vital=child.vital)
             self._new.all[-1].generation = generation
 
     def _has_passed(self, running: PipelineConfig, new: Children) -> bool:
@@ -184,9 +183,9 @@ class Reloader:
         try:
             yield
         except (PipelineError, EngineError) as error:
+            self.close()
             self._telemetry.count_swap(error.figure if isinstance(error, Refused) else "start")
             log.warning("the run goes on as it was: %s", error)
-            self.close()
 
     def close(self) -> None:
         """End workers that have not taken over."""

@@ -1,6 +1,6 @@
 """What the process of a node is told when it starts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ class NodeTask:
     sensor: Sensor
     shape: tuple[int, int]
     intake: Any  # an `Intake` in shared memory
+    originals: dict[str, str] = field(default_factory=dict)  # of copies that `config` names
     identity: bytes = b""
     supervisor_pid: int = 0
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import zmq
 
-from pipeline.errors import PipelineError, RunError
+from pipeline.errors import PipelineError, RunError, Unavailable
 from pipeline.transport.backlog import Backlog
 from pipeline.transport.codec import pack_wire
 from pipeline.transport.refusals import Refusals
@@ -211,9 +211,9 @@ def _connection(frame: zmq.Frame) -> int:
 
 
 def _check_host(endpoint: str) -> None:
-    """Raise PipelineError if nobody knows the host; libzmq would wait until somebody does.
+    """Raise Unavailable if nobody knows the host; libzmq would wait until somebody does.
 
-    A name server that does not answer may do so later.
+    A name server that does not answer is no answer.
     """
     host = re.fullmatch(r"tcp://([A-Za-z0-9._-]+):[0-9]+", endpoint)
     if host is None:
@@ -222,8 +222,8 @@ def _check_host(endpoint: str) -> None:
         socket.getaddrinfo(host[1], None, socket.AF_INET)
     except socket.gaierror as error:
         if error.errno != socket.EAI_AGAIN:
-            raise PipelineError(
-                f"{endpoint}: no host `{host[1]}` is known ({error.strerror}); check the name"
+            raise Unavailable(
+                f"{endpoint}: no host `{host[1]}` is known now ({error.strerror}); check the name"
             ) from error
 
 
