@@ -28,6 +28,7 @@ from pipeline.physics.sensor import Sensor
 from pipeline.runtime import replay
 from pipeline.runtime.flow import Flow
 from pipeline.runtime.listener import Listener
+from pipeline.runtime.run_folder import tend
 from pipeline.runtime.topology import TOPOLOGY
 from pipeline.watch import read_figures
 
@@ -277,6 +278,18 @@ def test_a_run_whose_folder_is_removed_says_so_and_ends(run_dir):
     _, stderr = process.communicate(timeout=30)
     assert (process.returncode, len(stderr.splitlines())) == (1, 1), stderr
     assert "the run's own folder was removed" in stderr
+
+
+def test_what_a_run_keeps_for_months_never_looks_old(run_dir):
+    copy = run_dir / "engines.0" / "engine.onnx"
+    copy.parent.mkdir()
+    copy.write_bytes(b"an engine")
+    for path in (copy, copy.parent, run_dir):
+        os.utime(path, (0.0, 0.0))
+    tend(run_dir)
+    for path in (copy, copy.parent, run_dir):
+        assert time.time() - path.stat().st_mtime < 1000.0
+        assert time.time() - path.stat().st_atime < 1000.0
 
 
 def test_a_source_that_ends_ends_the_run(run_dir):

@@ -37,15 +37,16 @@ def tend(folder: Path) -> None:
     Raises RunError if somebody has removed it all the same: no node could be started again.
     """
     try:
-        if time.time() - folder.stat().st_mtime < YOUNG_S:
-            return
-        for path in (folder, *folder.rglob("*")):
-            os.utime(path, follow_symlinks=False)
+        age_s = time.time() - folder.stat().st_mtime
     except FileNotFoundError as error:
         raise RunError(
             f"{folder}: the run's own folder was removed; keep what cleans temporary files from "
             f"{PREFIX}*, or set TMPDIR to another place"
         ) from error
+    if age_s > YOUNG_S:
+        for path in (folder, *folder.rglob("*")):
+            with suppress(OSError):
+                os.utime(path, follow_symlinks=False)
 
 
 def _sweep(lock: Path) -> None:
