@@ -29,6 +29,7 @@ def test_every_backend_is_measured_beside_plain_torch(command, tmp_path: Path) -
     assert "openvino f32" in result.stdout
 
 
+@pytest.mark.patient
 def test_a_network_at_full_size_needs_no_weights(command, tmp_path: Path) -> None:
     result = command(
         *("trainer", "bench", "--network", "focus", "--out", tmp_path, "--seconds", "0.02"),
