@@ -152,7 +152,8 @@ def as_its_engine_is_called(task):
 def as_its_detector_is_called(task):
     """A node beside with the detector `slow` takes 400 ms more, with `failing` it says nothing."""
     whole = Recognise.process
-    name = Path(task.config.stages["recognise"].engine).parent.name
+    copy = Path(task.config.stages["recognise"].engine)
+    name = Path(task.originals[str(copy.parent)]).name
 
     def process(self, message):
         if name == "slow":
